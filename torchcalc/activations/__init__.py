@@ -1,0 +1,1 @@
+"""Activations: functions of one number, applied to each element."""

@@ -1,0 +1,351 @@
+"""One definition of a differentiable function, right under every transform of torch.
+
+A subclass of :class:`Function` is written once, in the ``setup_context`` style of ``torch.autograd.Function``:
+``forward`` computes, ``setup_context`` saves, ``backward`` is the vector-Jacobian product and ``jvp`` the
+Jacobian-vector product. :meth:`Function.apply` then picks the form that fits the call:
+
+- eager mode: one ``forward(ctx, ...)`` built from forward and setup_context. torch's own ``setup_context`` form costs
+  10 µs more a call, nearly all of it in ``inspect.signature``.
+- ``torch.func`` (grad, vmap, jvp, hessian, ...) and forward-mode AD: the ``setup_context`` form with a generated vmap
+  rule and the jvp, the only one that composes.
+- ``torch.compile`` and ``export``: Dynamo puts the whole call into its graph, and AOTAutograd traces through it, so the
+  two forms above serve there too. Left to itself Dynamo refuses a Function with a jvp, and under compile and
+  ``torch.func`` together it drops a custom backward without a word.
+- ``torch.autocast``: by the policy ``autocast`` of the subclass.
+
+What cannot be right raises: a backward (or jvp) that returns None for a derivative somebody waits for, a backward under
+``once_differentiable`` (whose second derivative is zero in ``torch.autograd.functional.hessian``).
+"""
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+
+__all__ = ["Function"]
+
+Autocast = Literal["inherit", "off", "lower_precision", "float32"]
+
+
+class Function:
+    """A differentiable function with hand-written derivatives; subclass it as you would ``torch.autograd.Function``.
+
+    Define static methods:
+
+    - ``forward(*args)``: the value, a tensor or a tuple of tensors. Arguments are tensors, None, or anything else. If
+      it has a keyword-only parameter ``needs_input_grad``, it is told there which inputs need a derivative now (a
+      tuple of bool, one for each argument), so that it can compute a gradient on the way, or skip that. By itself
+      forward cannot know: it runs with grad mode off, sees ``requires_grad=True`` under ``no_grad`` and ``False``
+      inside ``torch.func.grad``.
+    - ``setup_context(ctx, inputs, output)``: save what backward needs: tensors that are inputs or outputs with
+      ``ctx.save_for_backward`` (it serves jvp too), everything else as an attribute of ctx.
+    - ``backward(ctx, *grad_outputs)``: one gradient for each argument of forward, defaults included, None for those
+      that need none (``ctx.needs_input_grad[i]`` tells). Written with differentiable operations, it is differentiated
+      for second derivatives.
+    - ``jvp(ctx, *tangents)``, optional: the tangent of each output, for forward-mode AD; a tangent is None where the
+      argument is not a float tensor.
+    - ``vmap(info, in_dims, *args)``, optional: instead of the generated vmap rule, as in torch.
+
+    Class attribute ``autocast``, what happens under ``torch.autocast``:
+
+    - ``"inherit"`` (default): forward runs in the caller's autocast state, backward re-enters it;
+    - ``"off"``: the inputs as they are, autocast off inside (torch's elementwise functions);
+    - ``"lower_precision"``: float inputs are cast to the autocast dtype (torch's linear, matmul, conv);
+    - ``"float32"``: float inputs are cast to float32 (torch's losses, norms and softmax); float64 is left alone.
+
+    Raises, when the subclass is created: TypeError if the definition cannot work. When called: RuntimeError if
+    backward or jvp returns None for a derivative that is needed.
+
+    >>> class Cube(Function):
+    ...     autocast = "off"
+    ...
+    ...     @staticmethod
+    ...     def forward(x):
+    ...         return x**3
+    ...
+    ...     @staticmethod
+    ...     def setup_context(ctx, inputs, output):
+    ...         ctx.save_for_backward(*inputs)
+    ...
+    ...     @staticmethod
+    ...     def backward(ctx, grad_output):
+    ...         (x,) = ctx.saved_tensors
+    ...         return grad_output * 3 * x**2
+    ...
+    ...     jvp = backward  # elementwise: the Jacobian is diagonal, and so its own transpose
+    >>> x = torch.tensor(2.0, requires_grad=True)
+    >>> torch.autograd.grad(Cube.apply(x), x)
+    (tensor(12.),)
+    >>> torch.func.hessian(Cube.apply)(x.detach())
+    tensor(12.)
+    """
+
+    autocast: ClassVar[Autocast] = "inherit"
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        """The value."""
+        raise NotImplementedError("a torchcalc.autograd.Function needs a static method forward(*args)")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Save for backward and jvp; by default nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        """The vector-Jacobian product."""
+        raise NotImplementedError("a torchcalc.autograd.Function needs a static method backward(ctx, *grad_outputs)")
+
+    @staticmethod
+    def apply(*args: Any) -> Any:
+        """Call the function on positional arguments; replaced in each subclass by the callable described above."""
+        raise NotImplementedError("apply is called on a subclass of torchcalc.autograd.Function")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _check_definition(cls)
+        cls.apply = staticmethod(_make_apply(cls))  # type: ignore[method-assign]
+
+
+def _check_definition(cls: type[Function]) -> None:
+    for name in ("forward", "setup_context", "backward", "jvp", "vmap"):
+        method = inspect.getattr_static(cls, name, None)
+        if method is not None and not isinstance(method, staticmethod):
+            raise TypeError(f"{cls.__name__}.{name} must be a static method; put @staticmethod above it")
+    if next(iter(inspect.signature(cls.forward).parameters), None) == "ctx":
+        raise TypeError(
+            f"{cls.__name__}.forward takes ctx; write forward(*args) without it, and save for backward in "
+            "setup_context(ctx, inputs, output)"
+        )
+    backward: Any = cls.backward
+    if hasattr(backward, "__wrapped__") and backward.__globals__.get("__name__") == "torch.autograd.function":
+        raise TypeError(
+            f"{cls.__name__}.backward is decorated with once_differentiable, under which a second derivative can be "
+            "silently zero; write backward with differentiable operations, or raise in it when torch.is_grad_enabled()"
+        )
+    if cls.autocast not in get_args(Autocast):
+        raise TypeError(f"{cls.__name__}.autocast is {cls.autocast!r}; use one of {get_args(Autocast)}")
+
+
+def _make_apply(cls: type[Function]) -> Callable[..., Any]:
+    """The callable that picks the form; forms are closed over, since Dynamo cannot reach a Function as an attribute."""
+    parameters = inspect.signature(cls.forward).parameters.values()
+    tells = any(p.name == "needs_input_grad" for p in parameters)
+    defaults = tuple(p.default for p in parameters if p.default is not p.empty and p.kind == p.POSITIONAL_OR_KEYWORD)
+    arity = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    policy = cls.autocast
+    eager, composable = _make_forms(cls, tells)
+
+    def call(*args: Any) -> Any:
+        if (
+            0 < arity - len(args) <= len(defaults)
+        ):  # torch's setup_context form does this too: backward counts all arguments
+            args = (*args, *defaults[len(args) - arity :])
+        composes = _are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if tells:
+            args = (*args, _needs_mask(args, composes))
+        if _is_any_autocast_enabled() and policy != "inherit":
+            state = _autocast_state(args)
+            args = _cast(policy, args, state)
+            with _autocast_off(state):
+                return _composed(composable, args) if composes else eager.apply(*args)
+        return _composed(composable, args) if composes else eager.apply(*args)
+
+    def apply(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            import torchcalc._dynamo  # noqa: F401  Dynamo runs this import while it traces: see there
+        return call(*args)
+
+    call.__name__ = call.__qualname__ = f"{cls.__name__}_apply"
+    if "torchcalc._dynamo" in sys.modules:
+        torch.compiler.allow_in_graph(call)
+    else:
+        _not_yet_in_graph.append(call)
+    return apply
+
+
+_not_yet_in_graph: list[Callable[..., Any]] = []  # for torchcalc._dynamo; importing Dynamo takes a second
+
+
+def _make_forms(cls: type[Function], tells: bool) -> tuple[Any, Any]:
+    """(eager, composable): the methods of cls as two torch.autograd.Functions.
+
+    Where forward is told ``needs_input_grad``, both take it as one more argument, a bit mask, which the other methods
+    of cls never see.
+    """
+    forward, setup_context = cls.forward, cls.setup_context
+    if tells:
+
+        def forward(*args: Any) -> Any:
+            needs = tuple(bool(args[-1] >> i & 1) for i in range(len(args) - 1))
+            return cls.forward(*args[:-1], needs_input_grad=needs)  # type: ignore[call-arg]
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            cls.setup_context(ctx, inputs[:-1], output)
+
+    inherits = cls.autocast == "inherit"
+    has_jvp = hasattr(cls, "jvp")
+
+    def forward_eager(ctx: Any, *args: Any) -> Any:
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        if inherits and _is_any_autocast_enabled():
+            ctx._torchcalc_autocast = _autocast_state(args)
+        return output
+
+    def setup_context_composable(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        if inherits and _is_any_autocast_enabled():
+            ctx._torchcalc_autocast = _autocast_state(inputs)
+        root = ctx
+        while hasattr(
+            root, "_pt_inner_ctx"
+        ):  # under vmap torch hands out a wrapper, which has noted the batch dimensions
+            root = root._pt_inner_ctx
+        if has_jvp:
+            root.save_for_forward(*(root.to_save or ()))
+        constant = {id(o) for o in root.non_differentiable or ()}
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx._torchcalc_differentiable = _last.differentiable = tuple(
+            _is_float(o) and id(o) not in constant for o in outputs
+        )
+
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        state = getattr(ctx, "_torchcalc_autocast", None)
+        if state is not None or _is_any_autocast_enabled():
+            with _autocast(state) if state is not None else _autocast_off(_autocast_state(grad_outputs)):
+                grads = cls.backward(ctx, *grad_outputs)
+        else:
+            grads = cls.backward(ctx, *grad_outputs)
+        if not isinstance(grads, tuple):
+            grads = (grads,)
+        for i, (grad, needed) in enumerate(zip(grads, ctx.needs_input_grad, strict=False)):
+            if grad is None and needed:
+                _refuse_none(cls, "backward", "gradient", i, grad_outputs)
+        return (*grads, None) if tells else grads
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        result = cls.jvp(ctx, *(tangents[:-1] if tells else tangents))  # type: ignore[attr-defined]
+        for i, tangent in enumerate(result if isinstance(result, tuple) else (result,)):
+            if tangent is None and ctx._torchcalc_differentiable[i]:
+                _refuse_none(cls, "jvp", "tangent", i, tangents)
+        return result
+
+    shared = {"backward": staticmethod(backward), "__doc__": cls.__doc__, "__module__": cls.__module__}
+    eager = type(cls.__name__, (torch.autograd.Function,), {**shared, "forward": staticmethod(forward_eager)})
+    composes: dict[str, Any] = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context_composable),
+        "generate_vmap_rule": not hasattr(cls, "vmap"),
+    }
+    if has_jvp:
+        composes["jvp"] = staticmethod(jvp)
+    if hasattr(cls, "vmap"):
+        composes["vmap"] = staticmethod(cls.vmap)
+    return eager, type(cls.__name__, (torch.autograd.Function,), {**shared, **composes})
+
+
+class _Last(threading.local):
+    """Which outputs of the composable call that returns next are differentiable; empty if nothing is differentiated."""
+
+    differentiable: tuple[bool, ...] = ()
+
+
+_last = _Last()
+
+
+def _composed(composable: Any, args: tuple[Any, ...]) -> Any:
+    """composable.apply, with its non-differentiable outputs detached: the generated vmap rule forgets that mark."""
+    _last.differentiable = ()
+    output = composable.apply(*args)
+    flags = _last.differentiable
+    if isinstance(output, tuple) and flags:
+        return tuple(o.detach() if _is_float(o) and not flag else o for o, flag in zip(output, flags, strict=True))
+    return output
+
+
+def _refuse_none(cls: type[Function], method: str, what: str, i: int, incoming: tuple[Any, ...]) -> None:
+    """Raise, unless nothing came in: then None is the truth."""
+    if all(x is None for x in incoming):
+        return
+    if method == "backward":
+        names = [
+            p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD
+        ]
+        where = f"argument {i}" + (f" ({names[i]})" if i < len(names) else "")
+        remedy = "detach the argument before the call"
+    else:
+        where, remedy = f"output {i}", "mark the output with ctx.mark_non_differentiable"
+    raise RuntimeError(
+        f"{cls.__name__}.{method} returned None as the {what} of {where}, which is needed; return the {what} "
+        f"(zeros where the derivative is zero), or {remedy}"
+    )
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _needs_mask(args: tuple[Any, ...], composes: bool) -> int:
+    """Bit i is set if argument i needs a derivative now; inside torch.func, if any level might ask for one."""
+    if composes:
+        return sum(1 << i for i, a in enumerate(args) if _is_float(a) and _tracked(a))
+    if not torch.is_grad_enabled():
+        return 0
+    return sum(1 << i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad)
+
+
+def _tracked(x: Tensor) -> bool:
+    while True:
+        if x.requires_grad or forward_ad.unpack_dual(x, level=0).tangent is not None:
+            return True
+        if not is_functorch_wrapped_tensor(x):
+            return False
+        x = get_unwrapped(x)
+
+
+def _device_types(args: tuple[Any, ...]) -> list[str]:
+    types = dict.fromkeys(a.device.type for a in args if isinstance(a, Tensor))
+    return [t for t in types if torch.amp.is_autocast_available(t)]
+
+
+_State = list[tuple[str, bool, torch.dtype]]  # (device type, enabled, dtype)
+
+
+def _autocast_state(args: tuple[Any, ...]) -> _State:
+    return [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in _device_types(args)]
+
+
+def _autocast(state: _State) -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    for device_type, enabled, dtype in state:
+        stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled))
+    return stack
+
+
+def _autocast_off(state: _State) -> AbstractContextManager[Any]:
+    return _autocast([(device_type, False, dtype) for device_type, enabled, dtype in state if enabled])
+
+
+def _cast(policy: Autocast, args: tuple[Any, ...], state: _State) -> tuple[Any, ...]:
+    """The inputs in the dtype that torch gives to its own operations; float64 stays, as there."""
+    if policy == "off":
+        return args
+    dtypes = {
+        device_type: dtype if policy == "lower_precision" else torch.float32 for device_type, on, dtype in state if on
+    }
+
+    def cast(a: Any) -> Any:
+        if not isinstance(a, Tensor) or not a.is_floating_point() or a.dtype == torch.float64:
+            return a
+        return a.to(dtypes.get(a.device.type, a.dtype))
+
+    return tuple(map(cast, args))

@@ -1,0 +1,139 @@
+"""Adagrad: divide each weight's gradient by the root of the sum of all its squares so far.
+
+Rule, for the gradient g at step t (−g if maximize), with weight decay λ, decay η of the step size lr:
+
+    g ← g + λ·p                                                                   (1)
+    s ← s + g²                                                                    (2)
+    p ← p − lr/(1 + (t − 1)·η) · g/(√s + ε)                                       (3)
+
+A weight whose gradient is rare keeps a large step, one whose gradient is frequent slows down as 1/√t. A sparse gradient
+touches only its own rows: with duplicate indices summed first, since (2) is not linear.
+
+Reference: Duchi, Hazan, Singer 2011, JMLR 12, 2121-2159.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchcalc.optim.checks import check_at_least_zero, check_implementation, check_one_element
+from torchcalc.optim.optimizer import Optimizer, ParamsT, new_step
+from torchcalc.optim.tensor_list import Scalar, Vector, add_ratio_, add_scaled, as_real
+
+__all__ = ["Adagrad"]
+
+
+def adagrad(
+    p: Vector, g: Vector, s: Vector, *, t: Scalar, lr: Scalar, lr_decay: float, eps: float, weight_decay: float
+) -> None:
+    if weight_decay != 0:
+        g = add_scaled(g, p, weight_decay)  # (1)
+    p, g, s = as_real(p, g, s)
+    s.addcmul_(g, g)  # (2)
+    add_ratio_(p, g, s.sqrt().add_(eps), -(lr / (1 + (t - 1) * lr_decay)))  # (3)
+
+
+def adagrad_sparse(
+    p: Tensor, g: Tensor, s: Tensor, *, t: Scalar, lr: Scalar, lr_decay: float, eps: float, weight_decay: float
+) -> None:
+    if weight_decay != 0:
+        raise RuntimeError("weight_decay option is not compatible with sparse gradients; pass weight_decay=0")
+    g = g.coalesce()
+
+    def like_g(values: Tensor) -> Tensor:
+        return torch.sparse_coo_tensor(g.indices(), values, g.size(), is_coalesced=True)
+
+    s.add_(like_g(g.values().pow(2)))  # (2)
+    root = s.sparse_mask(g).values().sqrt().add_(eps)
+    p.add_(like_g(g.values() / root), alpha=-(lr / (1 + (t - 1) * lr_decay)))  # (3)
+
+
+class Adagrad(Optimizer):
+    """Adagrad: a drop-in for ``torch.optim.Adagrad``; sparse gradients welcome.
+
+    Args:
+        params: parameters, named parameters, or dicts of parameter groups.
+        lr: step size, a finite number >= 0 or a 1-element tensor.
+        lr_decay: η >= 0.
+        weight_decay: λ >= 0.
+        initial_accumulator_value: what s starts from, >= 0.
+        eps: ε >= 0.
+        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
+        maximize: ascend.
+        differentiable: let autograd record the step; the parameters are then not leaves.
+        fused: True: unscaling inside ``GradScaler.step``.
+
+    Raises:
+        ValueError: an argument, also of a single group, out of range; found before anything is changed.
+
+    >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = Adagrad([p], lr=0.1)
+    >>> p.grad = torch.tensor([5.0])
+    >>> optimizer.step()
+    >>> round(p.item(), 4)  # the first step is lr
+    0.9
+    """
+
+    rule = staticmethod(adagrad)
+    sparse_rule = staticmethod(adagrad_sparse)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "lr_decay": lr_decay,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "initial_accumulator_value": initial_accumulator_value,
+                "foreach": foreach,
+                "maximize": maximize,
+                "differentiable": differentiable,
+                "fused": fused,
+            },
+        )
+        for group in self.param_groups:  # as torch does, so that share_memory has what to share before the first step
+            for p in group["params"]:
+                self.state[p] = {"step": new_step(p, group), "sum": self.new_slot("sum", p, p, group)}
+
+    def share_memory(self) -> None:
+        """Move the sums into shared memory, for Hogwild training."""
+        for state in self.state.values():
+            state["sum"].share_memory_()
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_one_element("lr", group["lr"])
+        check_at_least_zero("learning rate", group["lr"])
+        check_at_least_zero("lr_decay value", group["lr_decay"])
+        check_at_least_zero("weight_decay value", group["weight_decay"])
+        check_at_least_zero("initial_accumulator_value value", group["initial_accumulator_value"])
+        check_at_least_zero("epsilon value", group["eps"])
+        check_implementation(group)
+
+    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {k: group[k] for k in ("lr", "lr_decay", "eps", "weight_decay")}
+
+    def slots(self, group: dict[str, Any]) -> dict[str, str]:
+        return {"s": "sum"}
+
+    def new_slot(self, key: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
+        start = group["initial_accumulator_value"]
+        return torch.full_like(
+            p, complex(start, start) if p.is_complex() else start, memory_format=torch.preserve_format
+        )

@@ -1,0 +1,198 @@
+"""Gradient descent, as the textbook tells it: compute the gradient, step against it, check that the loss decreased.
+
+    new = old − lr·grad                                                           (1)
+
+Why it works: to first order f(p − lr·g) = f(p) − lr·‖g‖² + O(lr²), so a small enough step along −g lowers f by lr·‖g‖².
+Armijo's test asks for a fraction c of that promise,
+
+    f(p − lr·g) ≤ f(p) − c·lr·‖g‖²,                                               (2)
+
+and backtracking multiplies lr by ``shrink`` until it holds, which for a differentiable f it does after finitely many
+trials. All trials run with the random numbers of the first evaluation: otherwise dropout, and not the step, would
+decide.
+
+Reference: Armijo 1966, doi:10.2140/pjm.1966.16.1; Nocedal, Wright 2006, "Numerical optimization", section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchcalc.optim.checks import check_at_least_zero, check_one_element
+from torchcalc.optim.optimizer import Optimizer, ParamsT
+from torchcalc.optim.tensor_list import Scalar, Vector, add_scaled_
+
+__all__ = ["Descent", "GradientDescent"]
+
+
+def gradient_descent(p: Vector, g: Vector, *, lr: Scalar) -> None:
+    add_scaled_(p, g, -lr)  # (1)
+
+
+class Descent(NamedTuple):
+    """What a step with a closure did."""
+
+    loss_before: float
+    loss_after: float
+    scale: float  #: the step was scale * lr; 0 if no trial was accepted and the parameters are where they were
+    trials: int
+
+    @property
+    def decreased(self) -> bool:
+        """Whether the loss is lower than before; False also where it is nan."""
+        return self.loss_after < self.loss_before
+
+
+class GradientDescent(Optimizer):
+    """Plain gradient descent that checks its own step.
+
+    With a closure, ``step`` evaluates the loss before and after, and ``optimizer.descent`` tells what happened
+    (:class:`Descent`). Each evaluation is a call of the closure; like those of ``torch.optim.LBFGS`` it zeroes the
+    gradients, computes the loss, calls backward, and returns the loss. Afterwards the random number generators stand
+    where one evaluation leaves them, and ``p.grad`` is the gradient at the last trial. Without a closure it only
+    steps.
+
+    Args:
+        params: parameters, named parameters, or dicts of parameter groups.
+        lr: step size, a finite number >= 0 or a 1-element tensor; with backtrack the largest that is tried.
+        backtrack: shrink the step until Armijo's test (2) holds; needs a closure.
+        shrink: the factor between trials, in (0, 1).
+        armijo: c in (2), in (0, 1).
+        max_trials: after so many the parameters are put back, and the step is given up.
+        foreach: True: as lists of tensors; False: tensor by tensor.
+        maximize: ascend.
+
+    Raises:
+        ValueError: an argument, also of a single group, out of range.
+        RuntimeError: backtrack without a closure.
+
+    >>> import torch
+    >>> x = torch.nn.Parameter(torch.tensor(3.0))
+    >>> optimizer = GradientDescent([x], lr=10.0, backtrack=True)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = x**2
+    ...     loss.backward()
+    ...     return loss
+    >>> _ = optimizer.step(closure)  # 10 is far too long a step for x²
+    >>> optimizer.descent.decreased, optimizer.descent.scale
+    (True, 0.0625)
+    """
+
+    rule = staticmethod(gradient_descent)
+    sparse_rule = staticmethod(gradient_descent)
+    counts_steps: ClassVar[bool] = False
+    descent: Descent | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        backtrack: bool = False,
+        shrink: float = 0.5,
+        armijo: float = 1e-4,
+        max_trials: int = 30,
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        for name, value in (("shrink", shrink), ("armijo", armijo)):
+            if not 0 < value < 1:
+                raise ValueError(f"Invalid {name} value: {value}; it must be in (0, 1)")
+        if max_trials < 1:
+            raise ValueError(f"Invalid max_trials value: {max_trials}; it must be at least 1")
+        self.backtrack, self.shrink, self.armijo, self.max_trials = backtrack, shrink, armijo, max_trials
+        super().__init__(params, {"lr": lr, "foreach": foreach, "maximize": maximize, "differentiable": False})
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {k: getattr(self, k) for k in ("backtrack", "shrink", "armijo", "max_trials")}
+        return {**super().__getstate__(), **own}
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_one_element("lr", group["lr"])
+        check_at_least_zero("learning rate", group["lr"])
+
+    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"lr": group["lr"]}
+
+    def slots(self, group: dict[str, Any]) -> dict[str, str]:
+        return {}
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; with a closure the loss is checked, and with backtrack the step shrunk until it decreases enough.
+
+        Args:
+            closure: zeroes the gradients, computes the loss, calls backward, returns the loss.
+
+        Returns:
+            The loss before the step, or None without a closure.
+        """
+        if closure is None:
+            if self.backtrack:
+                raise RuntimeError("backtrack=True needs a closure that evaluates the loss: call step(closure)")
+            return super().step()
+        rng = _RNG(self.param_groups)
+        with torch.enable_grad():
+            loss = closure()
+        after_one = _RNG(self.param_groups)
+
+        active = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        with torch.no_grad():
+            old = [p.clone() for p, _, _ in active]
+            directions = [
+                g.clone() if not group["maximize"] else -g for _, g, group in active
+            ]  # closures overwrite p.grad
+            promise = sum(
+                float(group["lr"]) * float(_squared_norm(g))
+                for g, (_, _, group) in zip(directions, active, strict=True)
+            )
+        sign = -1 if any(group["maximize"] for _, _, group in active) else 1
+        before, scale, after = _number(loss), 1.0, float("nan")
+        for trial in range(1, self.max_trials + 1):
+            with torch.no_grad():
+                for (p, _, group), start, g in zip(active, old, directions, strict=True):
+                    p.copy_(start)
+                    gradient_descent(p, g, lr=scale * group["lr"])
+            rng.restore()
+            with torch.enable_grad():
+                after = _number(closure())
+            if not self.backtrack or sign * after <= sign * before - self.armijo * scale * promise:  # (2)
+                self.descent = Descent(before, after, scale, trial)
+                break
+            scale *= self.shrink
+        else:
+            with torch.no_grad():
+                for (p, _, _), start in zip(active, old, strict=True):
+                    p.copy_(start)
+            self.descent = Descent(before, before, 0.0, self.max_trials)
+        after_one.restore()
+        return loss
+
+
+def _number(loss: Any) -> float:
+    return loss.item() if isinstance(loss, Tensor) else float(loss)
+
+
+def _squared_norm(g: Tensor) -> Tensor:
+    values = g.coalesce().values() if g.is_sparse else g
+    return (values.abs() ** 2).sum(dtype=torch.float64)
+
+
+class _RNG:
+    """The state of the host's generator, and of those of the devices that hold parameters."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        devices = {p.device for group in param_groups for p in group["params"]}
+        self.host = torch.get_rng_state()
+        self.devices = {
+            d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type not in ("cpu", "meta")
+        }
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.host)
+        for device, state in self.devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)

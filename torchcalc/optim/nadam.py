@@ -1,0 +1,153 @@
+"""NAdam: Adam with Nesterov's look ahead.
+
+Rule, for the gradient g at step t (−g if maximize), with β₁, β₂, weight decay λ, momentum decay ψ, step size lr:
+
+    g ← g + λ·p,  or  p ← p − lr·λ·p  decoupled                                   (1)
+    μₜ = β₁·(1 − ½·0.96^(t·ψ)),   Π ← Π·μₜ         a momentum that warms up        (2)
+    m ← m + (1 − β₁)·(g − m),     v ← β₂·v + (1 − β₂)·g²                          (3)
+    s = √(v/(1 − β₂ᵗ)) + ε
+    p ← p − lr·(1 − μₜ)/(1 − Π)·g/s − lr·μₜ₊₁/(1 − Π·μₜ₊₁)·m/s                     (4)
+
+(4) is Adam's step with the momentum of the next step already in it: m counts with μₜ₊₁, the fresh gradient with 1 − μₜ.
+
+Reference: Dozat 2016, "Incorporating Nesterov momentum into Adam", ICLR workshop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from torchcalc.optim.checks import check_at_least_zero, check_betas, check_one_element
+from torchcalc.optim.optimizer import Optimizer, ParamsT, new_scalar, read, to_scalar
+from torchcalc.optim.tensor_list import Scalar, Vector, add_product_, add_ratio_, add_scaled, as_real, average_
+
+__all__ = ["NAdam"]
+
+
+def nadam(
+    p: Vector,
+    g: Vector,
+    m: Vector,
+    v: Vector,
+    *,
+    t: Scalar,
+    mu: Scalar,
+    mu_next: Scalar,
+    mu_product: Scalar,
+    lr: Scalar,
+    b1: Scalar,
+    b2: Scalar,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    p, g, m, v = as_real(p, g, m, v)
+    if weight_decay != 0:
+        if decoupled:
+            p.mul_(1 - lr * weight_decay)  # (1)
+        else:
+            g = add_scaled(g, p, weight_decay)  # (1)
+    average_(m, g, b1)  # (3)
+    add_product_(v.mul_(b2), g, g, 1 - b2)  # (3)
+    s = v.div(1 - b2**t).sqrt().add_(eps)
+    add_ratio_(p, g, s, -lr * (1.0 - mu) / (1.0 - mu_product))  # (4)
+    add_ratio_(p, m, s, (-lr * mu_next) / (1.0 - mu_product * mu_next))  # (4)
+
+
+class NAdam(Optimizer):
+    """NAdam: a drop-in for ``torch.optim.NAdam``.
+
+    Args:
+        params: parameters, named parameters, or dicts of parameter groups.
+        lr: step size, a finite number >= 0 or a 1-element tensor.
+        betas: (β₁, β₂), both in [0, 1).
+        eps: ε >= 0.
+        weight_decay: λ >= 0.
+        momentum_decay: ψ >= 0.
+        decoupled_weight_decay: weight decay beside the gradient, as in AdamW.
+        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
+        maximize: ascend.
+        capturable: keep the step count on the device, for CUDA graphs.
+        differentiable: let autograd record the step; the parameters are then not leaves.
+
+    Raises:
+        ValueError: an argument, also of a single group, out of range; found before anything is changed.
+
+    >>> import torch
+    >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = NAdam([p], lr=0.1)
+    >>> p.grad = torch.tensor([5.0])
+    >>> optimizer.step()
+    >>> 0.8 < p.item() < 1.0
+    True
+    """
+
+    rule = staticmethod(nadam)
+    sparse_error = "NAdam does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "momentum_decay": momentum_decay,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "maximize": maximize,
+                "foreach": foreach,
+                "capturable": capturable,
+                "differentiable": differentiable,
+            },
+        )
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_one_element("lr", group["lr"])
+        check_at_least_zero("learning rate", group["lr"])
+        check_at_least_zero("epsilon value", group["eps"])
+        check_betas(group["betas"])
+        check_at_least_zero("weight_decay value", group["weight_decay"])
+        check_at_least_zero("momentum_decay value", group["momentum_decay"])
+
+    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        b1, b2 = map(to_scalar, group["betas"])
+        return {
+            "lr": group["lr"],
+            "b1": b1,
+            "b2": b2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "decoupled": group["decoupled_weight_decay"],
+        }
+
+    def slots(self, group: dict[str, Any]) -> dict[str, str]:
+        return {"m": "exp_avg", "v": "exp_avg_sq"}
+
+    def advance(
+        self, state: dict[str, Any], group: dict[str, Any], hyper: dict[str, Any], first: bool
+    ) -> dict[str, Any]:
+        if "mu_product" not in state:
+            state["mu_product"] = new_scalar(1.0, state["exp_avg"], group)
+        t = super().advance(state, group, hyper, first)["t"]
+        psi = group["momentum_decay"]
+        mu = hyper["b1"] * (1.0 - 0.5 * (0.96 ** (t * psi)))  # (2)
+        mu_next = hyper["b1"] * (1.0 - 0.5 * (0.96 ** ((t + 1) * psi)))
+        state["mu_product"] *= mu
+        return {"t": t, "mu": mu, "mu_next": mu_next, "mu_product": read(state["mu_product"], group)}

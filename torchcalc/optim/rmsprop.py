@@ -1,0 +1,148 @@
+"""RMSprop: divide each weight's gradient by its running root mean square.
+
+Rule, for the gradient g (−g if maximize), with smoothing α, weight decay λ, momentum μ, step size lr:
+
+    g ← g + λ·p                                                                   (1)
+    v ← α·v + (1 − α)·g²            the mean of g²                                (2)
+    m ← m + (1 − α)·(g − m)         centered: the mean of g ...                   (3)
+    s = √(v − m²) + ε, or √v + ε    ... whose square leaves the variance          (4)
+    b ← μ·b + g/s,  p ← p − lr·b    with momentum                                 (5)
+    p ← p − lr·g/s                  without                                       (6)
+
+There is no bias correction: v starts at 0, so the first steps are larger, by 1/√(1 − α). ε stands outside the root,
+as in torch and not as in TensorFlow.
+
+References: Tieleman, Hinton 2012, lecture 6.5 of "Neural networks for machine learning"; Graves 2013, arXiv:1308.0850
+(centered).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from torchcalc.optim.checks import check_at_least_zero, check_one_element
+from torchcalc.optim.optimizer import Optimizer, ParamsT
+from torchcalc.optim.tensor_list import (
+    Scalar,
+    Vector,
+    add_product_,
+    add_ratio_,
+    add_scaled,
+    add_scaled_,
+    as_real,
+    average_,
+)
+
+__all__ = ["RMSprop"]
+
+
+def rmsprop(
+    p: Vector,
+    g: Vector,
+    v: Vector,
+    b: Vector | None = None,
+    m: Vector | None = None,
+    *,
+    t: Scalar,
+    lr: Scalar,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+) -> None:
+    if weight_decay != 0:
+        g = add_scaled(g, p, weight_decay)  # (1)
+    p, g, v, b, m = as_real(p, g, v, b, m)
+    add_product_(v.mul_(alpha), g, g, 1 - alpha)  # (2)
+    if m is not None:
+        average_(m, g, alpha)  # (3)
+        v = v.addcmul(m, m, value=-1)
+    s = v.sqrt().add_(eps)  # (4)
+    if b is not None:
+        b.mul_(momentum).addcdiv_(g, s)
+        add_scaled_(p, b, -lr)  # (5)
+    else:
+        add_ratio_(p, g, s, -lr)  # (6)
+
+
+class RMSprop(Optimizer):
+    """RMSprop: a drop-in for ``torch.optim.RMSprop``.
+
+    Args:
+        params: parameters, named parameters, or dicts of parameter groups.
+        lr: step size, a finite number >= 0 or a 1-element tensor.
+        alpha: smoothing constant >= 0.
+        eps: ε >= 0.
+        weight_decay: λ >= 0.
+        momentum: μ >= 0. 0 keeps no buffer.
+        centered: divide by the standard deviation of the gradient.
+        capturable: keep the step count on the device, for CUDA graphs.
+        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
+        maximize: ascend.
+        differentiable: let autograd record the step; the parameters are then not leaves.
+
+    Raises:
+        ValueError: an argument, also of a single group, out of range; found before anything is changed.
+
+    >>> import torch
+    >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = RMSprop([p], lr=0.01)
+    >>> p.grad = torch.tensor([5.0])
+    >>> optimizer.step()
+    >>> round(p.item(), 4)  # 1 - 0.01 / sqrt(1 - 0.99)
+    0.9
+    """
+
+    rule = staticmethod(rmsprop)
+    sparse_error = "RMSprop does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "alpha": alpha,
+                "eps": eps,
+                "centered": centered,
+                "weight_decay": weight_decay,
+                "capturable": capturable,
+                "foreach": foreach,
+                "maximize": maximize,
+                "differentiable": differentiable,
+            },
+        )
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_one_element("lr", group["lr"])
+        check_at_least_zero("learning rate", group["lr"])
+        check_at_least_zero("epsilon value", group["eps"])
+        check_at_least_zero("momentum value", group["momentum"])
+        check_at_least_zero("weight_decay value", group["weight_decay"])
+        check_at_least_zero("alpha value", group["alpha"])
+
+    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {k: group[k] for k in ("lr", "alpha", "eps", "weight_decay", "momentum")}
+
+    def slots(self, group: dict[str, Any]) -> dict[str, str]:
+        slots = {"v": "square_avg"}
+        if group["momentum"] > 0:
+            slots["b"] = "momentum_buffer"
+        if group["centered"]:
+            slots["m"] = "grad_avg"
+        return slots

@@ -1,0 +1,191 @@
+"""The algebra in which update rules are written: the same body runs on one tensor or on a list of tensors.
+
+:class:`TensorList` has the few methods of Tensor that rules use, each one ``torch._foreach_*`` call over the whole
+list. The functions below are the multiply-adds of a rule. Their scalar is a number; or a *live* scalar: a tensor that
+must stay one, because a derivative flows through it (``differentiable=True``), because reading it would make the host
+wait for the device (``capturable=True``) or because its value must not be baked into a compiled graph. Or a
+TensorList: one per tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Scalar",
+    "TensorList",
+    "Vector",
+    "add_product_",
+    "add_ratio_",
+    "add_scaled",
+    "add_scaled_",
+    "as_real",
+    "average_",
+]
+
+
+class TensorList:
+    """A list of tensors with one device and dtype, and Tensor's own names for what rules do to it.
+
+    >>> p = TensorList([torch.zeros(2), torch.ones(1)])
+    >>> p.add_(TensorList([torch.ones(2), torch.ones(1)]), alpha=0.5).tensors
+    [tensor([0.5000, 0.5000]), tensor([1.5000])]
+    """
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+
+    # In-place methods return self, like Tensor's.
+    def add_(self, other: Any, alpha: float = 1) -> TensorList:
+        if isinstance(other, TensorList):
+            torch._foreach_add_(self.tensors, other.tensors, alpha=alpha)
+        else:
+            torch._foreach_add_(self.tensors, other)
+        return self
+
+    def mul_(self, other: Any) -> TensorList:
+        torch._foreach_mul_(self.tensors, _plain(other))
+        return self
+
+    def div_(self, other: Any) -> TensorList:
+        torch._foreach_div_(self.tensors, _plain(other))
+        return self
+
+    def sqrt_(self) -> TensorList:
+        torch._foreach_sqrt_(self.tensors)
+        return self
+
+    def sign_(self) -> TensorList:
+        torch._foreach_sign_(self.tensors)
+        return self
+
+    def copy_(self, other: TensorList) -> TensorList:
+        torch._foreach_copy_(self.tensors, other.tensors)
+        return self
+
+    def clamp_min_(self, other: TensorList) -> TensorList:
+        torch._foreach_clamp_min_(self.tensors, other.tensors)
+        return self
+
+    def lerp_(self, end: TensorList, weight: Any) -> TensorList:
+        if isinstance(weight, Tensor):
+            weight = [weight] * len(self.tensors)
+        torch._foreach_lerp_(self.tensors, end.tensors, weight)
+        return self
+
+    def addcmul_(self, a: TensorList, b: Any, value: float = 1) -> TensorList:
+        factors = b.tensors if isinstance(b, TensorList) else [b] * len(self.tensors)
+        torch._foreach_addcmul_(self.tensors, a.tensors, factors, value=value)
+        return self
+
+    def addcdiv_(self, a: TensorList, b: TensorList, value: float = 1) -> TensorList:
+        torch._foreach_addcdiv_(self.tensors, a.tensors, b.tensors, value=value)
+        return self
+
+    # Methods that make a new list.
+    def clone(self) -> TensorList:
+        return TensorList([t.clone() for t in self.tensors])
+
+    def add(self, other: TensorList, alpha: float = 1) -> TensorList:
+        return TensorList(torch._foreach_add(self.tensors, other.tensors, alpha=alpha))
+
+    def addcmul(self, a: TensorList, b: Any, value: float = 1) -> TensorList:
+        return self.clone().addcmul_(a, b, value)
+
+    def mul(self, other: Any) -> TensorList:
+        return TensorList(torch._foreach_mul(self.tensors, _plain(other)))
+
+    def div(self, other: Any) -> TensorList:
+        return TensorList(torch._foreach_div(self.tensors, _plain(other)))
+
+    def sqrt(self) -> TensorList:
+        return TensorList(torch._foreach_sqrt(self.tensors))
+
+    def __neg__(self) -> TensorList:
+        return TensorList(torch._foreach_neg(self.tensors))
+
+    # Arithmetic with scalars, for lists of live step counts: 1 - β ** t, lr / (...).
+    __mul__ = __rmul__ = mul
+    __truediv__ = div
+
+    def __add__(self, other: float) -> TensorList:
+        return TensorList(torch._foreach_add(self.tensors, other))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: float) -> TensorList:
+        return self + -other
+
+    def __rsub__(self, other: float) -> TensorList:
+        return -self + other
+
+    def __rtruediv__(self, other: Any) -> TensorList:
+        return TensorList(torch._foreach_reciprocal(self.tensors)).mul_(other)
+
+    def __pow__(self, exponent: float) -> TensorList:
+        return TensorList(torch._foreach_pow(self.tensors, exponent))
+
+    def __rpow__(self, base: Any) -> TensorList:
+        if isinstance(base, Tensor):
+            return TensorList([base**t for t in self.tensors])
+        return TensorList(torch._foreach_pow(base, self.tensors))
+
+
+Vector = Any  # Tensor | TensorList, the two things rules run on
+Scalar = Any  # float | Tensor | TensorList
+
+
+def _plain(x: Any) -> Any:
+    return x.tensors if isinstance(x, TensorList) else x
+
+
+def as_real(*vectors: Any) -> tuple[Any, ...]:
+    """Views of complex tensors as real ones, of one more dimension; None and real tensors as they are."""
+
+    def view(x: Any) -> Any:
+        if isinstance(x, TensorList):
+            return TensorList([torch.view_as_real(t) for t in x.tensors]) if x.tensors[0].is_complex() else x
+        return torch.view_as_real(x) if x is not None and x.is_complex() else x
+
+    return tuple(map(view, vectors))
+
+
+def is_live(a: Scalar) -> bool:
+    """Whether a scalar must stay a tensor."""
+    if isinstance(a, Tensor):
+        return a.requires_grad or not a.is_cpu or torch.compiler.is_compiling()
+    return isinstance(a, TensorList)
+
+
+def add_scaled(y: Vector, x: Vector, a: Scalar) -> Vector:
+    """y + a·x, as a new tensor."""
+    return y.addcmul(x, a) if is_live(a) else y.add(x, alpha=a)
+
+
+def add_scaled_(y: Vector, x: Vector, a: Scalar) -> Vector:
+    """y ← y + a·x."""
+    return y.addcmul_(x, a) if is_live(a) else y.add_(x, alpha=a)
+
+
+def average_(y: Vector, x: Vector, beta: Scalar) -> Vector:
+    """y ← y + (1 − β)·(x − y), the exponential moving average."""
+    if isinstance(beta, Tensor):  # torch wants it on y's device and of y's dtype
+        example = y.tensors[0] if isinstance(y, TensorList) else y
+        beta = beta.to(example.device, example.dtype)
+    return y.lerp_(x, 1 - beta)
+
+
+def add_product_(y: Vector, x: Vector, z: Vector, a: Scalar) -> Vector:
+    """y ← y + a·x·z."""
+    return y.addcmul_(x.mul(a), z) if is_live(a) else y.addcmul_(x, z, value=a)
+
+
+def add_ratio_(y: Vector, x: Vector, z: Vector, a: Scalar) -> Vector:
+    """y ← y + a·x/z."""
+    return y.addcdiv_(x, z.div(a)) if is_live(a) else y.addcdiv_(x, z, value=a)
