@@ -1,0 +1,71 @@
+# `make` lists the commands. Everything runs in .venv, which is made on first use and kept up to date.
+
+PYTHON ?= python3
+RECIPE ?= digits
+ARGS   ?=
+TORCH  ?=
+
+VENV := .venv$(if $(TORCH),-$(TORCH))
+BIN  := $(VENV)/bin
+PIN  := $(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))
+
+# The other torch that the package admits.
+OTHER_TORCH := 2.14.1
+
+MAKEFLAGS += --no-print-directory
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-full lint pytest sanitize bench clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@echo
+	@echo '  RECIPE=name ARGS="--key=value ..."  another recipe, other settings (make train)'
+	@echo '  TORCH=$(OTHER_TORCH)                        another torch, in an environment of its own (make test)'
+	@echo '  PYTHON=/path/to/python              the Python to make .venv with, 3.11 or newer'
+
+train: $(VENV)/.installed ## train RECIPE (digits), test it, say where the curves are
+	$(BIN)/python -m recipes $(RECIPE) $(ARGS)
+
+# Style and types are properties of the source: they are checked once, with the pinned tools, and not again for TORCH=.
+test: $(if $(TORCH),,lint) pytest ## ruff, mypy, pytest with doctests; under ten minutes
+
+test-full: test sanitize ## what is slower as well: sanitizers, packaging, the other torch
+	$(BIN)/python -m pytest -m slow
+	$(MAKE) test TORCH=$(OTHER_TORCH)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pytest: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+# One library of kernels must serve both torches: with TORCH= the tests load what the other torch's headers built.
+sanitize: $(VENV)/.installed ## the kernels' tests under AddressSanitizer and UBSan
+	$(BIN)/python -m tests.native.sanitized -q
+
+bench: $(VENV)/.installed ## stock and torchcalc side by side (ARGS=--quick: under a minute)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove environments, builds and caches; runs/ stays
+	rm -rf .venv .venv-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "torchcalc needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Use: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# The build backend first: without build isolation the build sees the torch that the kernels are compiled against.
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile $(wildcard torchcalc/native/hatch_build.py torchcalc/native/csrc/*)
+	@echo 'Installing torch $(PIN), torchcalc and its tools into $(VENV): minutes, the first time'
+	@sed 's/^torch==.*/torch==$(PIN)/' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt 'torch==$(PIN)' hatchling editables
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e '.[recipes,dev]'
+	@touch $@

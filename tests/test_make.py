@@ -1,0 +1,54 @@
+"""The commands that the README promises."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make(*arguments: str) -> str:
+    """Run make as from a fresh shell: without what an outer ``make test-full`` hands down."""
+    handed_down = ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "ARGS", "PYTHON", "RECIPE", "TORCH")
+    env = {key: value for key, value in os.environ.items() if key not in handed_down}
+    done = subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_make_alone_lists_the_commands():
+    listed = set(re.findall(r"^  make ([a-z-]+) ", make(), flags=re.MULTILINE))
+    assert listed >= {"train", "test", "test-full", "clean"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ([], "/python -m recipes digits "),
+        (["ARGS=--trainer.max_epochs=3 --optimizer.lr=0.1"], "digits --trainer.max_epochs=3 --optimizer.lr=0.1"),
+        (["RECIPE=depth"], "/python -m recipes depth "),
+        (["TORCH=9.9.9"], ".venv-9.9.9/bin/python -m recipes digits "),
+    ],
+    ids=["default", "settings", "recipe", "torch"],
+)
+def test_make_train_runs_the_recipe(arguments, command):
+    assert command in make("--dry-run", "train", *arguments).splitlines()[-1] + " "
+
+
+def test_other_torch_has_its_own_environment_and_pin():
+    planned = make("--dry-run", "test", "TORCH=9.9.9")
+    assert "pip install --quiet -c .venv-9.9.9/constraints.txt 'torch==9.9.9'" in planned
+    assert "s/^torch==.*/torch==9.9.9/" in planned
+    assert ".venv/" not in planned
+
+
+@pytest.mark.slow
+def test_make_train_ends_with_the_report(tmp_path):
+    settings = f"--trainer.max_epochs=1 --trainer.logger.init_args.save_dir={tmp_path}"
+    *_, report = make("train", f"ARGS={settings}").rstrip().rpartition("\n\n")
+    names = [line.split("  ")[0] for line in report.splitlines()]
+    assert names == ["test loss", "test accuracy", "best checkpoint", "run", "TensorBoard"]
+    assert (tmp_path / "digits/version_0/checkpoints/best.ckpt").is_file()
