@@ -17,6 +17,7 @@ What cannot be right raises: a backward (or jvp) that returns None for a derivat
 ``once_differentiable`` (whose second derivative is zero in ``torch.autograd.functional.hessian``).
 """
 
+import functools
 import inspect
 import sys
 import threading
@@ -27,10 +28,18 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    maybe_get_level,
+)
 from torch.autograd import forward_ad
 
 __all__ = ["Function"]
+
+_CONTAINERS = (list, tuple, dict)
 
 Autocast = Literal["inherit", "off", "lower_precision", "float32"]
 
@@ -62,7 +71,9 @@ class Function:
     - ``"float32"``: float inputs are cast to float32 (torch's losses, norms and softmax); float64 is left alone.
 
     Raises, when the subclass is created: TypeError if the definition cannot work. When called: RuntimeError if
-    backward or jvp returns None for a derivative that is needed.
+    backward or jvp returns None for a derivative that is needed; ValueError if setup_context saves a float tensor that
+    is neither input nor output, which second derivatives would take for a constant; TypeError if a tensor stands in a
+    list, tuple or dict among the arguments or outputs, where torch would not see it.
 
     >>> class Cube(Function):
     ...     autocast = "off"
@@ -91,7 +102,7 @@ class Function:
     autocast: ClassVar[Autocast] = "inherit"
 
     @staticmethod
-    def forward(*args: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:  # mypy lets this be overridden by any signature
         """The value."""
         raise NotImplementedError("a torchcalc.autograd.Function needs a static method forward(*args)")
 
@@ -145,9 +156,13 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
     eager, composable = _make_forms(cls, tells)
 
     def call(*args: Any) -> Any:
-        if (
-            0 < arity - len(args) <= len(defaults)
-        ):  # torch's setup_context form does this too: backward counts all arguments
+        for i, a in enumerate(args):
+            if isinstance(a, _CONTAINERS) and _holds_tensor(a):
+                raise TypeError(
+                    f"argument {i} of {cls.__name__}.apply is a {type(a).__name__} that holds a tensor, which gets "
+                    "no gradient; pass each tensor as an argument of its own"
+                )
+        if 0 < arity - len(args) <= len(defaults):  # as torch's setup_context form: backward counts all arguments
             args = (*args, *defaults[len(args) - arity :])
         composes = _are_functorch_transforms_active() or forward_ad._current_level >= 0
         if tells:
@@ -164,7 +179,11 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
             import torchcalc._dynamo  # noqa: F401  Dynamo runs this import while it traces: see there
         return call(*args)
 
-    call.__name__ = call.__qualname__ = f"{cls.__name__}_apply"
+    # Dynamo tells closures apart by their code alone: with one code object for all, what it compiled for one Function
+    # would serve the others, without a word. replace() makes another.
+    for function in (call, apply):
+        function.__name__ = function.__qualname__ = f"{cls.__name__}_apply"
+        function.__code__ = function.__code__.replace(co_name=function.__name__)
     if "torchcalc._dynamo" in sys.modules:
         torch.compiler.allow_in_graph(call)
     else:
@@ -184,9 +203,9 @@ def _make_forms(cls: type[Function], tells: bool) -> tuple[Any, Any]:
     forward, setup_context = cls.forward, cls.setup_context
     if tells:
 
-        def forward(*args: Any) -> Any:
-            needs = tuple(bool(args[-1] >> i & 1) for i in range(len(args) - 1))
-            return cls.forward(*args[:-1], needs_input_grad=needs)  # type: ignore[call-arg]
+        def forward(*arguments: Any) -> Any:
+            *args, mask = arguments
+            return cls.forward(*args, needs_input_grad=_unpack(mask, len(args)))
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             cls.setup_context(ctx, inputs[:-1], output)
@@ -196,9 +215,16 @@ def _make_forms(cls: type[Function], tells: bool) -> tuple[Any, Any]:
 
     def forward_eager(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
+        outputs = _outputs(cls, output)
         setup_context(ctx, args, output)
+        _check_saved(cls, ctx, args, outputs)
         if inherits and _is_any_autocast_enabled():
             ctx._torchcalc_autocast = _autocast_state(args)
+        return output
+
+    def forward_composable(*args: Any) -> Any:
+        output = forward(*args)
+        _outputs(cls, output)
         return output
 
     def setup_context_composable(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -206,14 +232,14 @@ def _make_forms(cls: type[Function], tells: bool) -> tuple[Any, Any]:
         if inherits and _is_any_autocast_enabled():
             ctx._torchcalc_autocast = _autocast_state(inputs)
         root = ctx
-        while hasattr(
-            root, "_pt_inner_ctx"
-        ):  # under vmap torch hands out a wrapper, which has noted the batch dimensions
+        while hasattr(root, "_pt_inner_ctx"):  # torch's wrapper under vmap, which has noted the batch dimensions
             root = root._pt_inner_ctx
         if has_jvp:
             root.save_for_forward(*(root.to_save or ()))
+        outputs = _outputs(cls, output)
+        if root is ctx:
+            _check_saved(cls, ctx, inputs, outputs)
         constant = {id(o) for o in root.non_differentiable or ()}
-        outputs = output if isinstance(output, tuple) else (output,)
         ctx._torchcalc_differentiable = _last.differentiable = tuple(
             _is_float(o) and id(o) not in constant for o in outputs
         )
@@ -242,14 +268,19 @@ def _make_forms(cls: type[Function], tells: bool) -> tuple[Any, Any]:
     shared = {"backward": staticmethod(backward), "__doc__": cls.__doc__, "__module__": cls.__module__}
     eager = type(cls.__name__, (torch.autograd.Function,), {**shared, "forward": staticmethod(forward_eager)})
     composes: dict[str, Any] = {
-        "forward": staticmethod(forward),
+        "forward": staticmethod(forward_composable),
         "setup_context": staticmethod(setup_context_composable),
         "generate_vmap_rule": not hasattr(cls, "vmap"),
     }
     if has_jvp:
         composes["jvp"] = staticmethod(jvp)
     if hasattr(cls, "vmap"):
-        composes["vmap"] = staticmethod(cls.vmap)
+
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            n = len(args) - tells
+            return cls.vmap(info, in_dims[:n], *args[:n])
+
+        composes["vmap"] = staticmethod(vmap)
     return eager, type(cls.__name__, (torch.autograd.Function,), {**shared, **composes})
 
 
@@ -258,18 +289,24 @@ class _Last(threading.local):
 
     differentiable: tuple[bool, ...] = ()
 
+    def take(self) -> tuple[bool, ...]:
+        flags, self.differentiable = self.differentiable, ()
+        return flags
+
 
 _last = _Last()
 
 
 def _composed(composable: Any, args: tuple[Any, ...]) -> Any:
     """composable.apply, with its non-differentiable outputs detached: the generated vmap rule forgets that mark."""
-    _last.differentiable = ()
+    _last.take()
     output = composable.apply(*args)
-    flags = _last.differentiable
-    if isinstance(output, tuple) and flags:
-        return tuple(o.detach() if _is_float(o) and not flag else o for o, flag in zip(output, flags, strict=True))
-    return output
+    flags = _last.take()
+    if not flags or all(flags):
+        return output
+    if not isinstance(output, tuple):
+        return output.detach() if _is_float(output) else output
+    return tuple(o.detach() if _is_float(o) and not flag else o for o, flag in zip(output, flags, strict=True))
 
 
 def _refuse_none(cls: type[Function], method: str, what: str, i: int, incoming: tuple[Any, ...]) -> None:
@@ -277,9 +314,8 @@ def _refuse_none(cls: type[Function], method: str, what: str, i: int, incoming: 
     if all(x is None for x in incoming):
         return
     if method == "backward":
-        names = [
-            p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD
-        ]
+        parameters = inspect.signature(cls.forward).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         where = f"argument {i}" + (f" ({names[i]})" if i < len(names) else "")
         remedy = "detach the argument before the call"
     else:
@@ -290,26 +326,78 @@ def _refuse_none(cls: type[Function], method: str, what: str, i: int, incoming: 
     )
 
 
+def _outputs(cls: type[Function], output: Any) -> tuple[Any, ...]:
+    """The outputs; torch gives a gradient to tensors only where they are the output or an element of a tuple."""
+    if isinstance(output, Tensor):
+        return (output,)
+    outputs: tuple[Any, ...] = output if isinstance(output, tuple) else (output,)
+    for o in outputs:
+        if isinstance(o, _CONTAINERS):
+            raise TypeError(
+                f"{cls.__name__}.forward returned a {type(o).__name__}; return a tensor or a flat tuple of tensors"
+            )
+    return outputs
+
+
+def _check_saved(cls: type[Function], ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    """Refuse what setup_context computed: it is a constant there, so the second derivative would lack its part."""
+    for saved in ctx.to_save or ():
+        for known in outputs:
+            if saved is known:
+                break
+        else:
+            for known in inputs:
+                if saved is known:
+                    break
+            else:
+                if _is_float(saved):
+                    raise ValueError(
+                        f"{cls.__name__}.setup_context saved a tensor of shape {tuple(saved.shape)} that is neither an "
+                        "input nor an output, so that second derivatives would take it for a constant; compute it in "
+                        "backward, or return it from forward as well"
+                    )
+
+
 def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _holds_tensor(x: Any) -> bool:
+    if isinstance(x, dict):
+        x = tuple(x.values())
+    return any(map(_holds_tensor, x)) if isinstance(x, _CONTAINERS) else isinstance(x, Tensor)
 
 
 def _needs_mask(args: tuple[Any, ...], composes: bool) -> int:
     """Bit i is set if argument i needs a derivative now; inside torch.func, if any level might ask for one."""
     if composes:
-        return sum(1 << i for i, a in enumerate(args) if _is_float(a) and _tracked(a))
-    if not torch.is_grad_enabled():
-        return 0
-    return sum(1 << i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad)
+        interpreters = {i.level(): i.key() for i in get_interpreter_stack() or ()}
+        return sum(1 << i for i, a in enumerate(args) if _is_float(a) and _tracked(a, interpreters))
+    mask = 0
+    if torch.is_grad_enabled():
+        for i, a in enumerate(args):
+            if isinstance(a, Tensor) and a.requires_grad:
+                mask |= 1 << i
+    return mask
 
 
-def _tracked(x: Tensor) -> bool:
-    while True:
-        if x.requires_grad or forward_ad.unpack_dual(x, level=0).tangent is not None:
+@functools.cache
+def _unpack(mask: int, n: int) -> tuple[bool, ...]:
+    return tuple(bool(mask >> i & 1) for i in range(n))
+
+
+def _tracked(x: Tensor, interpreters: dict[int, TransformType]) -> bool:
+    reverse = torch.is_grad_enabled()
+    while is_functorch_wrapped_tensor(x):
+        if (reverse and x.requires_grad) or interpreters.get(maybe_get_level(x)) == TransformType.Jvp:
             return True
-        if not is_functorch_wrapped_tensor(x):
-            return False
         x = get_unwrapped(x)
+    if reverse and x.requires_grad:
+        return True
+    if forward_ad._current_level < 0 or TransformType.Jvp in interpreters.values():
+        return False  # the level is torch.func's: of its inputs it has wrapped those that have a tangent
+    # a dual tensor hides its tangent from vmap, which has no rule for unpacking
+    return bool(interpreters) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _device_types(args: tuple[Any, ...]) -> list[str]:
