@@ -5,9 +5,9 @@ e⁻ˣ/(1 + e⁻ˣ) = 1 - y,
 
     y' = y·(1 - y).                                                               (1)
 
-The map is elementwise, J = diag(y') = Jᵀ: backward and jvp are the same product, but for complex x, where backward is the
-product with Jᴴ, as torch defines it. The derivative is a function of the output alone, so y is saved and x need not stay
-alive.
+The map is elementwise, J = diag(y') = Jᵀ: backward and jvp are the same product, but for complex x, where backward is
+the product with Jᴴ, as torch defines it. The derivative is a function of the output alone, so y is saved and x need not
+stay alive.
 
 Reference: Rumelhart, Hinton, Williams 1986, doi:10.1038/323533a0.
 """

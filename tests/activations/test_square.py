@@ -1,0 +1,6 @@
+from tests.functions import table
+
+
+@table("square")
+def test_square(row, check):
+    check(row)

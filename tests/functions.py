@@ -1,0 +1,337 @@
+"""The table of functions: each row names one of ours, its stock twin, and inputs; tests/checks.py checks the rows.
+
+A new function is one row here and a test file with ``@table("name")``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchcalc.functional as ours
+from tests import checks
+
+Inputs = tuple[Tensor | None, ...]
+REDUCTIONS = ("none", "mean", "sum")
+inf, nan = torch.inf, torch.nan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of a function, as a function of tensors alone."""
+
+    name: str
+    ours: Callable[..., Tensor]
+    stock: Callable[..., Tensor]
+    inputs: Callable[[], Inputs]  # float64, small enough for numerical derivatives, away from kinks
+    grads: tuple[int, ...] = (0,)  # inputs whose derivative torch has too
+    ours_only: tuple[int, ...] = ()  # inputs whose derivative torch refuses
+    edges: tuple[Callable[[], Inputs], ...] = ()  # further shapes: empty, 0-d, more dimensions, broadcast
+    special: Callable[[], Inputs] | None = None  # NaN, infinities, kinks, huge numbers
+    autocast: bool = True  # False: differs from torch there, and says so; its own test covers it
+    half: bool = True  # False: the row has its own dtype
+    inductor: bool = False  # compile with inductor too, which takes seconds
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.8 + 0.1
+
+
+def probabilities(*shape: int, seed: int = 0) -> Tensor:
+    return normal(*shape, seed=seed).softmax(0 if len(shape) == 1 else 1)
+
+
+def classes(*shape: int, high: int, seed: int = 0) -> Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def line(repeat: int = 3) -> Tensor:
+    """Every special number, often enough for torch's vectorised loops and their scalar tails."""
+    return torch.tensor(
+        [nan, inf, -inf, 0.0, -0.0, 1.0, -1.0, 1e4, -1e4, 1e300, -1e300, 1e-300, 30.0, -30.0, 0.5] * repeat,
+        dtype=torch.float64,
+    )
+
+
+def elementwise(
+    name: str, stock: Callable[..., Tensor], variant: str = "", complex: bool = False, **options: object
+) -> Row:
+    f = getattr(ours, name)
+    edges = [lambda: (normal(0, 3),), lambda: (normal(),), lambda: (normal(2, 1, 3, 1, 2),)]
+    if complex:
+        edges.append(lambda: (torch.complex(normal(4), normal(4, seed=1)),))
+    return Row(
+        name + variant,
+        partial(f, **options) if options else f,
+        partial(stock, **options) if options else stock,
+        inputs=lambda: (normal(3, 4),),
+        edges=tuple(edges),
+        special=lambda: (line(),),
+        inductor=name == "gelu",
+    )
+
+
+ACTIVATIONS = [
+    elementwise("square", torch.square, complex=True),
+    elementwise("sigmoid", torch.sigmoid, complex=True),
+    elementwise("tanh", torch.tanh, complex=True),
+    elementwise("relu", torch.nn.functional.relu),
+    elementwise("gelu", torch.nn.functional.gelu),
+    elementwise("gelu", torch.nn.functional.gelu, " tanh", approximate="tanh"),
+]
+
+
+def along(name: str, variant: str = "", **options: object) -> Row:
+    return Row(
+        f"{name}{variant}",
+        partial(getattr(ours, name), **options),
+        partial(getattr(torch.nn.functional, name), **options),
+        inputs=lambda: (normal(3, 4),),
+        edges=(lambda: (normal(0, 3),), lambda: (normal(3, 0, 2),), lambda: (normal(2, 3, 4),)),
+        special=lambda: (torch.stack([line(), line() * 0, line().nan_to_num(0, 1e4, -inf), line().clamp(-1e4, 1e4)]),),
+        autocast="dtype" not in options,
+        half="dtype" not in options,
+        inductor=name == "log_softmax",
+    )
+
+
+LAYERS = [
+    Row(
+        "linear",
+        ours.linear,
+        torch.nn.functional.linear,
+        inputs=lambda: (normal(3, 4), normal(2, 4, seed=1), normal(2, seed=2)),
+        grads=(0, 1, 2),
+        edges=(
+            lambda: (normal(3, 4), normal(2, 4, seed=1), None),
+            lambda: (normal(4), normal(2, 4, seed=1), normal(2, seed=2)),
+            lambda: (normal(2, 3, 4), normal(5, 4, seed=1), normal(5, seed=2)),
+            lambda: (normal(0, 4), normal(2, 4, seed=1), normal(2, seed=2)),
+            lambda: (normal(3, 0), normal(2, 0, seed=1), normal(2, seed=2)),
+            lambda: (normal(3, 4), normal(0, 4, seed=1), normal(0, seed=2)),
+            lambda: (normal(2, 3, 4), normal(4, seed=1), None),
+            lambda: (normal(4), normal(4, seed=1), None),
+            lambda: (normal(3, 4), normal(2, 4, seed=1), normal(seed=2)),
+            lambda: (normal(3, 4), normal(2, 4, seed=1), normal(3, 1, seed=2)),
+            lambda: tuple(torch.complex(normal(*s), normal(*s, seed=3)) for s in ((3, 4), (2, 4), (2,))),
+        ),
+        special=lambda: (torch.stack([line(1), line(1).nan_to_num(0, 1, 2)]), normal(2, 15), normal(2)),
+        inductor=True,
+    ),
+    along("softmax", dim=1),
+    along("softmax", " first", dim=0),
+    along("softmax", " dtype", dim=-1, dtype=torch.float64),
+    along("log_softmax", dim=1),
+    along("log_softmax", " first", dim=0),
+    along("log_softmax", " dtype", dim=-1, dtype=torch.float64),
+]
+
+
+def pair(name: str, variant: str = "", special: bool = True, edges: bool = True, **options: object) -> Row:
+    """A loss of input and target of one shape."""
+    target = uniform if name.startswith("binary") else normal
+    broadcasts = () if name.startswith("binary") else (lambda: (normal(3, 1), target(4, seed=1)),)
+    shapes = ((0, 3), (), (2, 3, 1, 2))
+    return Row(
+        f"{name}{variant}",
+        partial(getattr(ours, name), **options),
+        partial(getattr(torch.nn.functional, name), **options),
+        inputs=lambda: (normal(3, 4), target(3, 4, seed=1)),
+        grads=(0, 1),
+        edges=(*(lambda shape=shape: (normal(*shape), target(*shape, seed=1)) for shape in shapes), *broadcasts)
+        if edges
+        else (),
+        special=(lambda: (line(), line().roll(7).nan_to_num(0, 1, 1))) if special else None,
+        inductor=variant == " mean",
+    )
+
+
+def weighted(name: str, reduction: str, **options: object) -> Row:
+    """A loss of (input, target, weight); torch's autocast leaves out the product with the weight."""
+
+    def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, t, w: f(x, t, weight=w, reduction=reduction, **options)
+
+    return Row(
+        f"{name} weight {reduction}",
+        call(getattr(ours, name)),
+        call(getattr(torch.nn.functional, name)),
+        inputs=lambda: (normal(3, 4), normal(3, 4, seed=1), uniform(3, 4, seed=2)),
+        grads=(0, 1, 2),
+        edges=(
+            lambda: (normal(0, 3), normal(0, 3, seed=1), uniform(0, 3, seed=2)),
+            lambda: (normal(), normal(seed=1), uniform(seed=2)),
+            lambda: (normal(3, 1), normal(3, 4, seed=1), uniform(3, 1, seed=2)),
+            lambda: (normal(4), normal(3, 1, seed=1), uniform(4, seed=2)),
+        ),
+        special=lambda: (line(), line().roll(7), uniform(45)),
+        autocast=False,
+    )
+
+
+def bce(reduction: str, weight: Callable[[], Tensor | None], pos_weight: Callable[[], Tensor | None]) -> Row:
+    def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, t, w, p: f(x, t, weight=w, pos_weight=p, reduction=reduction)
+
+    w, p = weight(), pos_weight()
+    given = tuple(i for i, a in ((2, w), (3, p)) if a is not None)
+    return Row(
+        f"binary_cross_entropy_with_logits {reduction} {[a is not None and list(a.shape) for a in (w, p)]}",
+        call(ours.binary_cross_entropy_with_logits),
+        call(torch.nn.functional.binary_cross_entropy_with_logits),
+        inputs=lambda: (normal(3, 4), uniform(3, 4, seed=1), weight(), pos_weight()),
+        grads=(0, 1),
+        ours_only=given,
+    )
+
+
+def cross_entropy(
+    variant: str,
+    target: Callable[[], Tensor],
+    weight: Callable[[], Tensor | None] = lambda: None,
+    shape: tuple[int, ...] = (5, 3),
+    edges: tuple[Callable[[], Inputs], ...] = (),
+    special: bool = False,
+    **options: object,
+) -> Row:
+    def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, t, w: f(x, t, w, **options)
+
+    soft = target().is_floating_point()
+    rows = [
+        line(1),
+        line(1).nan_to_num(0, 1e4, -inf),
+        line(1).nan_to_num(0, 1e4, -1e4),
+        line(1) * 0,
+        line(1).clamp(-inf, 1e4),
+    ]
+    t = probabilities(5, 15) if soft else classes(5, high=15)
+    return Row(
+        f"cross_entropy {variant}",
+        call(ours.cross_entropy),
+        call(torch.nn.functional.cross_entropy),
+        inputs=lambda: (normal(*shape), target(), weight()),
+        grads=(0, 1) if soft and weight() is None else (0, 1, 2) if soft else (0,),
+        edges=edges,
+        special=(lambda: (torch.stack(rows), t, None)) if special else None,
+        inductor=variant in ("classes mean", "probabilities mean"),
+    )
+
+
+def some(*shape: int) -> Callable[[], Tensor]:
+    return lambda: uniform(*shape, seed=5)
+
+
+def nothing() -> None:
+    return None
+
+
+LOSSES = [
+    *(pair("mse_loss", f" {r}", reduction=r) for r in REDUCTIONS),
+    *(weighted("mse_loss", r) for r in REDUCTIONS),
+    *(pair("l1_loss", f" {r}", reduction=r) for r in REDUCTIONS),
+    *(weighted("l1_loss", r) for r in REDUCTIONS),
+    *(pair("huber_loss", f" {r}", reduction=r) for r in REDUCTIONS),
+    pair("huber_loss", " delta", reduction="mean", delta=0.3),
+    *(weighted("huber_loss", r, delta=0.7) for r in REDUCTIONS),
+    *(pair("binary_cross_entropy_with_logits", f" {r}", reduction=r, special=False) for r in REDUCTIONS),
+    bce("none", some(4), some(4)),
+    bce("mean", some(3, 1), some(3, 4)),
+    bce("sum", nothing, some()),
+    bce("mean", some(3, 4), nothing),
+]
+hard, soft = partial(classes, 5, high=3), partial(probabilities, 5, 3, seed=1)
+LOSSES += [
+    *(cross_entropy(f"classes {r}", hard, reduction=r, special=True) for r in REDUCTIONS),
+    *(cross_entropy(f"probabilities {r}", soft, reduction=r, special=True) for r in REDUCTIONS),
+    *(
+        cross_entropy(f"classes weight smoothing {r}", hard, some(3), reduction=r, label_smoothing=0.2)
+        for r in REDUCTIONS
+    ),
+    *(
+        cross_entropy(f"probabilities weight smoothing {r}", soft, some(3), reduction=r, label_smoothing=0.2)
+        for r in REDUCTIONS
+    ),
+    *(cross_entropy(f"classes ignore weight {r}", hard, some(3), reduction=r, ignore_index=1) for r in REDUCTIONS),
+    cross_entropy("classes ignore smoothing", hard, ignore_index=1, label_smoothing=0.3),
+    cross_entropy("classes smoothing 1", hard, some(3), label_smoothing=1.0),
+    cross_entropy("probabilities smoothing 1", soft, label_smoothing=1.0),
+    cross_entropy("classes negative smoothing", hard, label_smoothing=-0.3),
+    cross_entropy(
+        "trailing",
+        partial(classes, 2, 3, 2, high=4),
+        some(4),
+        (2, 4, 3, 2),
+        edges=(
+            lambda: (normal(2, 4, 3), classes(2, 3, high=4), some(4)()),
+            lambda: (normal(2, 4, 1, 2, 3), classes(2, 1, 2, 3, high=4), None),
+            lambda: (normal(2, 4, 0), classes(2, 0, high=4), None),
+            lambda: (normal(0, 4), classes(0, high=4), some(4)()),
+            lambda: (normal(1, 1), classes(1, high=1), None),
+        ),
+        ignore_index=2,
+        label_smoothing=0.1,
+    ),
+    *(
+        cross_entropy(
+            f"trailing none {kind}",
+            target,
+            nothing,
+            (2, 4, 3),
+            edges=edges,
+            reduction="none",
+        )
+        for kind, target, edges in (
+            ("classes", partial(classes, 2, 3, high=4), ()),
+            (
+                "probabilities",
+                partial(probabilities, 2, 4, 3, seed=1),
+                (lambda: (normal(0, 4), probabilities(0, 4), None),),
+            ),
+        )
+    ),
+    *(
+        cross_entropy(
+            f"unbatched classes {r}",
+            partial(classes, high=4),
+            some(4),
+            (4,),
+            edges=(lambda: (normal(4), classes(high=4).to(torch.uint8), None),),
+            reduction=r,
+        )
+        for r in REDUCTIONS
+    ),
+    *(
+        cross_entropy(f"unbatched probabilities {r}", partial(probabilities, 4, seed=1), shape=(4,), reduction=r)
+        for r in REDUCTIONS
+    ),
+]
+ROWS = [*ACTIVATIONS, *LAYERS, *LOSSES]
+
+
+def table(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Parametrize a test(row, check) by the rows of the function and the checks that apply to them."""
+    rows = [row for row in ROWS if row.name.split()[0] == name]
+    assert rows, name
+    cases = [
+        pytest.param(row, check, id=f"{row.name}-{check.__name__}")
+        for row in rows
+        for check in checks.ALL
+        if checks.applies(row, check)
+    ]
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        test = pytest.mark.parametrize(("row", "check"), cases)(test)
+        test = pytest.mark.usefixtures("one_thread")(test)
+        return pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")(
+            test
+        )  # losses/test_residual.py has it
+
+    return decorate

@@ -1,0 +1,6 @@
+from tests.functions import table
+
+
+@table("linear")
+def test_linear(row, check):
+    check(row)

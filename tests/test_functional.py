@@ -1,0 +1,172 @@
+"""torchcalc.functional as a drop-in for torch.nn.functional: signatures, exceptions, warnings."""
+
+import inspect
+import re
+import warnings
+
+import pytest
+import torch
+
+import torchcalc.functional as ours
+from torchcalc import nn as our_nn
+
+F = torch.nn.functional
+BUILTIN = {"gelu": "(input, *, approximate='none')", "linear": "(input, weight, bias=None)"}  # without a signature
+
+
+def stock(name):
+    return getattr(F, name, None) or getattr(torch, name)
+
+
+def parameters(f):
+    return [(p.name, p.default) for p in inspect.signature(f).parameters.values()]
+
+
+@pytest.mark.parametrize("name", sorted(set(ours.__all__) - {"gelu", "linear", "square"}))
+def test_signature(name):
+    assert parameters(getattr(ours, name)) == parameters(stock(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("gelu", ["input", "approximate"]), ("linear", ["input", "weight", "bias"]), ("square", ["input"])],
+)
+def test_signature_of_a_builtin(name, expected):
+    assert [p for p, _ in parameters(getattr(ours, name))] == expected
+    documented = re.search(rf"{name}\(([^)]*)\)", stock(name).__doc__).group(1)
+    assert [re.match(r"\w+", p.strip()).group() for p in documented.replace("*,", "").split(",")][
+        : len(expected)
+    ] == expected
+
+
+@pytest.mark.parametrize("name", sorted(set(our_nn.__all__) - {"Square"}))
+def test_module_signature(name):
+    mine, theirs = getattr(our_nn, name), getattr(torch.nn, name)
+    assert parameters(mine) == parameters(theirs)
+    assert parameters(mine.forward) == parameters(theirs.forward)
+    assert issubclass(mine, theirs)
+
+
+def t(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype)
+
+
+def y(*values):
+    return torch.tensor(values)
+
+
+EXCEPTIONS = {
+    "mse shapes": lambda F: F.mse_loss(t(3), t(4)),
+    "mse reduction": lambda F: F.mse_loss(t(3), t(3), reduction="max"),
+    "mse weight size": lambda F: F.mse_loss(t(3), t(3), weight=t(1)),
+    "mse weight reduction": lambda F: F.mse_loss(t(3), t(3), reduction="max", weight=t(3)),
+    "mse complex": lambda F: F.mse_loss(t(3, dtype=torch.cfloat), t(3, dtype=torch.cfloat)),
+    "mse integers": lambda F: F.mse_loss(y(1, 2), y(1, 2)),
+    "l1 reduction": lambda F: F.l1_loss(t(3), t(3), reduction="max"),
+    "l1 weight size": lambda F: F.l1_loss(t(3), t(3), weight=t(1)),
+    "huber delta": lambda F: F.huber_loss(t(3), t(3), delta=0.0),
+    "huber negative delta": lambda F: F.huber_loss(t(3), t(3), "sum", -1.0),
+    "huber weight size": lambda F: F.huber_loss(t(3), t(3), weight=t(1)),
+    "huber reduction": lambda F: F.huber_loss(t(3), t(3), reduction="max"),
+    "bce size": lambda F: F.binary_cross_entropy_with_logits(t(3), t(1)),
+    "bce reduction": lambda F: F.binary_cross_entropy_with_logits(t(3), t(3), reduction="max"),
+    "bce weight": lambda F: F.binary_cross_entropy_with_logits(t(3), t(3), t(2)),
+    "bce large weight": lambda F: F.binary_cross_entropy_with_logits(t(3), t(3), t(2, 3)),
+    "bce pos_weight": lambda F: F.binary_cross_entropy_with_logits(t(3), t(3), pos_weight=t(2)),
+    "bce integers": lambda F: F.binary_cross_entropy_with_logits(t(2), y(0, 1)),
+    "ce target": lambda F: F.cross_entropy(t(4, 3), y(0, 5, 1, 1)),
+    "ce negative target": lambda F: F.cross_entropy(t(4, 3), y(0, -1, 1, 1), reduction="none"),
+    "ce target smoothed": lambda F: F.cross_entropy(t(4, 3), y(0, 5, 1, 1), t(3), label_smoothing=0.1),
+    "ce target trailing": lambda F: F.cross_entropy(t(1, 3, 2), y(0, 3)[None]),
+    "ce unbatched target": lambda F: F.cross_entropy(t(3), torch.tensor(3)),
+    "ce unbatched size": lambda F: F.cross_entropy(t(3), y(0, 1)),
+    "ce batch": lambda F: F.cross_entropy(t(4, 3), y(0, 1, 2)),
+    "ce multi-target": lambda F: F.cross_entropy(t(4, 3), y(0, 1, 2, 0)[:, None]),
+    "ce int32": lambda F: F.cross_entropy(t(2, 3), y(0, 1).int()),
+    "ce integer probabilities": lambda F: F.cross_entropy(t(2, 3), torch.ones(2, 3, dtype=torch.long)),
+    "ce float classes": lambda F: F.cross_entropy(t(2, 3), t(2)),
+    "ce smoothing": lambda F: F.cross_entropy(t(2, 3), y(0, 1), label_smoothing=1.5),
+    "ce smoothing of probabilities": lambda F: F.cross_entropy(t(2, 3), t(2, 3), label_smoothing=1.5),
+    "ce ignore_index of probabilities": lambda F: F.cross_entropy(t(2, 3), t(2, 3), ignore_index=1),
+    "ce weight size": lambda F: F.cross_entropy(t(2, 3), y(0, 1), t(2)),
+    "ce weight size of probabilities": lambda F: F.cross_entropy(t(2, 3), t(2, 3), t(2)),
+    "ce weight dtype": lambda F: F.cross_entropy(t(2, 3), y(0, 1), t(3, dtype=torch.float64)),
+    "ce weight needs a gradient": lambda F: F.cross_entropy(t(2, 3).requires_grad_(), y(0, 1), t(3).requires_grad_()),
+    "ce reduction": lambda F: F.cross_entropy(t(2, 3), y(0, 1), reduction="max"),
+    "ce no classes": lambda F: F.cross_entropy(t(2, 0), y(0, 0)),
+    "linear shapes": lambda F: F.linear(t(2, 3), t(4, 2)),
+    "linear 0-d": lambda F: F.linear(t(), t(4, 2)),
+    "linear dtypes": lambda F: F.linear(t(2, 3), t(4, 3, dtype=torch.float64)),
+    "linear bias": lambda F: F.linear(t(2, 3), t(4, 3), t(3)),
+    "linear vector and bias": lambda F: F.linear(t(2, 3), t(3), t(1)),
+    "softmax dim": lambda F: F.softmax(t(2, 3), 2),
+    "softmax integers": lambda F: F.softmax(y(1, 2), 0),
+    "log_softmax dim": lambda F: F.log_softmax(t(2, 3), -3),
+    "log_softmax integers": lambda F: F.log_softmax(y(1, 2), 0),
+    "gelu approximate": lambda F: F.gelu(t(2), approximate="erf"),
+    "gelu integers": lambda F: F.gelu(y(1, 2)),
+    "relu complex": lambda F: F.relu(t(2, dtype=torch.cfloat)),
+    "relu in place of a leaf": lambda F: F.relu(t(2).requires_grad_(), inplace=True),
+}
+
+
+@pytest.mark.parametrize("case", EXCEPTIONS)
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+def test_exception(case):
+    """torch's type, torch's text first; a remedy may follow."""
+    call = EXCEPTIONS[case]
+    with pytest.raises(Exception) as theirs:  # noqa: PT011
+        call(F)
+    with pytest.raises(theirs.type) as mine:
+        call(ours)
+    assert type(mine.value) is type(theirs.value)
+    text = str(theirs.value).split("\n")[0].rstrip(".")
+    assert str(mine.value).startswith(text)
+
+
+WARNINGS = {
+    "mse sizes": lambda F: F.mse_loss(t(3, 1), t(3)),
+    "l1 sizes": lambda F: F.l1_loss(t(3, 1), t(3)),
+    "huber sizes": lambda F: F.huber_loss(t(3, 1), t(3)),
+    "mse size_average": lambda F: F.mse_loss(t(3), t(2 + 1), False),
+    "mse reduce": lambda F: F.mse_loss(t(3), t(3), None, False),
+    "l1 reduce": lambda F: F.l1_loss(t(3), t(3), reduce=False),
+    "bce size_average": lambda F: F.binary_cross_entropy_with_logits(t(3), t(3), None, False),
+    "ce size_average": lambda F: F.cross_entropy(t(2, 3), y(0, 1), None, True),
+    "ce reduce": lambda F: F.cross_entropy(t(2, 3), y(0, 1), reduce=False),
+    "elementwise_mean": lambda F: F.mse_loss(t(3), 2 * t(3), reduction="elementwise_mean"),
+    "huber elementwise_mean": lambda F: F.huber_loss(t(3), 2 * t(3), reduction="elementwise_mean"),
+    "softmax dim": lambda F: F.softmax(t(2, 3)),
+    "log_softmax dim": lambda F: F.log_softmax(t(2, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("case", WARNINGS)
+def test_warning(case):
+    results = []
+    for functions in (F, ours):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            value = WARNINGS[case](functions)
+        results.append([(w.category, str(w.message)) for w in caught])
+        results.append(value.tolist())
+    assert results[:2] == results[2:]
+    assert results[0]
+
+
+def test_size_and_dim_warnings_point_to_the_caller():
+    for call in (
+        lambda: ours.mse_loss(t(3, 1), t(3)),
+        lambda: ours.softmax(t(2, 3)),
+        lambda: our_nn.Softmax()(t(2, 3)),
+    ):
+        with pytest.warns(UserWarning, match="target size|Implicit dimension") as caught:
+            call()
+        assert [w.filename for w in caught] == [__file__]
+
+
+def test_elementwise_mean_has_the_gradient_of_mean():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with pytest.warns(UserWarning, match="deprecated"):
+        ours.mse_loss(x, torch.zeros(2), reduction="elementwise_mean").backward()
+    assert x.grad.tolist() == [1.0, 2.0]

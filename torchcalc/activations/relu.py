@@ -1,0 +1,81 @@
+"""ReLU:  y = max(x, 0).
+
+Derivation.  y = x where x > 0 and y = 0 where x < 0. At the kink x = 0 every number in [0, 1] is a subgradient; torch
+and we take 0. Since x > 0 exactly where y > 0, the derivative is a function of the output alone:
+
+    y' = 1 where y > 0,  0 where y = 0.                                           (1)
+
+It is applied by selection and not by multiplication, so that an infinite incoming gradient gives 0 and not 0·∞ = NaN.
+Where x is NaN so is y, and the gradient passes, as in torch. The map is elementwise: backward and jvp are the same
+selection. Saves y; x need not stay alive.
+
+Reference: Nair, Hinton 2010, "Rectified linear units improve restricted Boltzmann machines".
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcalc.autograd import Function
+
+__all__ = ["ReLU", "relu"]
+
+
+class ReLUFunction(Function):
+    autocast = "off"
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        # (1); the 0 is y itself, which it is there: so the second derivative is zero, and not "unused in the graph"
+        return torch.where(y <= 0, y, grad_output)
+
+    jvp = backward  # J is diagonal
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """max(input, 0), elementwise, as ``torch.nn.functional.relu``.
+
+    Args:
+        input: tensor of any shape and real dtype.
+        inplace: if True, the result is also written to ``input``, which is returned. Unlike torch's it saves no memory
+            when gradients are recorded: backward keeps its own copy of the result, which a later in-place operation
+            cannot spoil.
+
+    Returns:
+        Tensor of the same shape and dtype, ≥ 0 or NaN.
+
+    Raises:
+        RuntimeError: if ``inplace`` and ``input`` is a leaf that requires a gradient, as torch.
+
+    Reference: Nair, Hinton 2010, "Rectified linear units improve restricted Boltzmann machines".
+
+    >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    >>> y = relu(x)
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist()
+    ([0.0, 0.0, 2.0], [0.0, 0.0, 1.0])
+    """
+    result = ReLUFunction.apply(input)
+    return input.copy_(result) if inplace else result
+
+
+class ReLU(nn.ReLU):
+    """Module of :func:`relu`, as ``torch.nn.ReLU``.
+
+    >>> ReLU()(torch.tensor([-1.0, 2.0]))
+    tensor([0., 2.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`relu`; any shape."""
+        return relu(input, inplace=self.inplace)

@@ -1,0 +1,75 @@
+"""Square:  y = x².
+
+Derivation.  The derivative is the limit of the difference quotient,
+
+    ((x + h)² - x²)/h = (2xh + h²)/h = 2x + h  →  y' = 2x   as h → 0.             (1)
+
+The map is elementwise, J = diag(y') = Jᵀ: backward and jvp are the same product, but for complex x, where backward is
+the product with Jᴴ, as torch defines it. Saves x.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcalc.autograd import Function
+from torchcalc.promotion import autocasts_to_float32
+
+__all__ = ["Square", "square"]
+
+
+def square_grad(x: Tensor) -> Tensor:
+    return 2 * x  # (1)
+
+
+class SquareFunction(Function):
+    autocast = "off"
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.square(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad_output * square_grad(x).conj()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent * square_grad(x)
+
+
+def square(input: Tensor) -> Tensor:
+    """input², elementwise, as ``torch.square``.
+
+    Args:
+        input: tensor of any shape, of float or complex dtype; integers stay integers and have no gradient.
+
+    Returns:
+        Tensor of the same shape and dtype.
+
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> y = square(x)
+    >>> y.backward()
+    >>> y.item(), x.grad.item()
+    (9.0, 6.0)
+    """
+    return SquareFunction.apply(input.float() if autocasts_to_float32(input) else input)
+
+
+class Square(nn.Module):
+    """Module of :func:`square`; torch.nn has none.
+
+    >>> Square()(torch.tensor([-1.0, 3.0]))
+    tensor([1., 9.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`square`; any shape."""
+        return square(input)

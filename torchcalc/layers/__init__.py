@@ -1,0 +1,1 @@
+"""Layers: functions of several numbers at once, whose derivative is a matrix."""

@@ -1,0 +1,164 @@
+"""Softmax  y_i = e^(x_i)/Σⱼ e^(x_j)  and its logarithm  z_i = x_i - log Σⱼ e^(x_j),  along one dimension.
+
+Derivation.  log Σⱼ e^(x_j), the log-sum-exp, has the derivative e^(x_k)/Σⱼ e^(x_j) = y_k: the softmax is its gradient.
+So
+
+    ∂z_i/∂x_k = [i = k] - y_k,                                                    (1)
+
+and since y = e^z, the chain rule gives
+
+    ∂y_i/∂x_k = y_i·([i = k] - y_k).                                              (2)
+
+No matrix is needed for the products with a vector g. Of (1), where Jᵀ ≠ J,
+
+    (Jᵀg)_k = g_k - y_k·Σᵢ g_i                                                    (3)
+    (J g)_i = g_i - Σₖ y_k·g_k                                                    (4)
+
+and of (2), which is symmetric, so that backward and jvp are the same product,
+
+    (J g)_i = y_i·(g_i - Σₖ y_k·g_k).                                             (5)
+
+Both save their output alone: y, or z with y = e^z.
+
+Reference: Bridle 1990, "Training stochastic model recognition algorithms as networks", NeurIPS 2.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
+
+from torchcalc.autograd import Function
+from torchcalc.promotion import autocasts_to_float32, like, widen
+
+__all__ = ["LogSoftmax", "Softmax", "log_softmax", "softmax"]
+
+
+class SoftmaxFunction(Function):
+    autocast = "off"  # softmax() chooses the dtype
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+        return torch.softmax(x, dim, dtype=dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.dim, _ = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def product(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        y, g = widen(y), widen(g)
+        return y * (g - (y * g).sum(ctx.dim, keepdim=True))  # (5)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return SoftmaxFunction.product(ctx, grad_output).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _dim: None, _dtype: None) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return like(SoftmaxFunction.product(ctx, tangent.to(y.dtype)), y)
+
+
+class LogSoftmaxFunction(Function):
+    autocast = "off"
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+        return torch.log_softmax(x, dim, dtype=dtype)
+
+    setup_context = staticmethod(SoftmaxFunction.setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (z,) = ctx.saved_tensors
+        y, g = widen(z).exp(), widen(grad_output)
+        return (g - y * g.sum(ctx.dim, keepdim=True)).to(ctx.dtype), None, None  # (3)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _dim: None, _dtype: None) -> Tensor:
+        (z,) = ctx.saved_tensors
+        y, t = widen(z).exp(), widen(tangent.to(z.dtype))
+        return like(t - (y * t).sum(ctx.dim, keepdim=True), z)  # (4)
+
+
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """exp(input) / sum of exp(input) along ``dim``, as ``torch.nn.functional.softmax``.
+
+    Args:
+        input: tensor of any shape and float dtype; other dtypes need ``dtype``.
+        dim: the dimension, -input.dim() ≤ dim < input.dim(). None is torch's deprecated guess, with its warning.
+        dtype: input is cast to it first; also the dtype of the result.
+
+    Returns:
+        Tensor of the same shape, in [0, 1].
+
+    Raises:
+        IndexError: if ``dim`` is out of range.
+
+    Reference: Bridle 1990, "Training stochastic model recognition algorithms as networks", NeurIPS 2.
+
+    >>> softmax(torch.tensor([0.0, 0.0, torch.inf]).neg(), dim=0)
+    tensor([0.5000, 0.5000, 0.0000])
+    """
+    if dim is None:
+        dim = _get_softmax_dim("softmax", input.dim(), _stacklevel)
+    if dtype is None and autocasts_to_float32(input):
+        dtype = torch.float32
+    return SoftmaxFunction.apply(input, dim, dtype)
+
+
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """log(softmax(input)) along ``dim``, without overflow or underflow, as ``torch.nn.functional.log_softmax``.
+
+    Args:
+        input: tensor of any shape and float dtype; other dtypes need ``dtype``.
+        dim: the dimension, -input.dim() ≤ dim < input.dim(). None is torch's deprecated guess, with its warning.
+        dtype: input is cast to it first; also the dtype of the result.
+
+    Returns:
+        Tensor of the same shape, ≤ 0.
+
+    Raises:
+        IndexError: if ``dim`` is out of range.
+
+    Reference: Bridle 1990, "Training stochastic model recognition algorithms as networks", NeurIPS 2.
+
+    >>> log_softmax(torch.tensor([0.0, -1000.0]), dim=0)
+    tensor([    0., -1000.])
+    """
+    if dim is None:
+        dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+    if dtype is None and autocasts_to_float32(input):
+        dtype = torch.float32
+    return LogSoftmaxFunction.apply(input, dim, dtype)
+
+
+class Softmax(nn.Softmax):
+    """Module of :func:`softmax`, as ``torch.nn.Softmax``.
+
+    >>> Softmax(dim=-1)(torch.zeros(4))
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`softmax`; any shape."""
+        return softmax(input, self.dim, _stacklevel=6)  # above Module.__call__
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """Module of :func:`log_softmax`, as ``torch.nn.LogSoftmax``.
+
+    >>> LogSoftmax(dim=-1)(torch.zeros(4))
+    tensor([-1.3863, -1.3863, -1.3863, -1.3863])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`log_softmax`; any shape."""
+        return log_softmax(input, self.dim, _stacklevel=6)  # above Module.__call__

@@ -1,0 +1,266 @@
+"""Cross-entropy of logits:  ℓ = -Σ_c q_c·log p_c,  p = softmax(x),  q the distribution that p should be.
+
+Where p - y comes from.  log p_c = x_c - lse with the log-sum-exp lse = log Σ_k e^(x_k), so
+
+    ℓ = lse·Σ_c q_c - Σ_c q_c·x_c.                                                (1)
+
+The second term is linear in x, with the slope -q. The first has the slope of lse, which is the softmax itself,
+
+    ∂lse/∂x_c = e^(x_c) / Σ_k e^(x_k) = p_c,                                      (2)
+
+and together
+
+    ∂ℓ/∂x = p·Σ_c q_c - q.                                                        (3)
+
+For a target of class y, q = e_y is one-hot, Σq = 1, and (3) is p - y: prediction minus truth. Raise what should have
+been said, by as much as was missing; lower everything else, by as much as was said. Softmax and logarithm cancel, so
+there is no flat region: a confident error has a gradient near 1.
+
+Every target is one q.  With class weights w, label smoothing ε over C classes, and t the one-hot class or the given
+class probabilities,
+
+    q = w·u,   u = (1 - ε)·t + ε/C,                                               (4)
+    ∂ℓ/∂t = -(1 - ε)·w·log p,                                                     (5)
+    ∂ℓ/∂w = -u·log p.                                                             (6)
+
+For classes q is kept as two parts, q = smooth + hard·e_y with smooth = w·ε/C, the same for every sample, and hard =
+(1 - ε)·w_y; for probabilities q is all smooth. A sample of class ignore_index has q = 0. The loss is L = Σ_n ℓ_n / N: N
+= 1 under sum; under mean N counts the samples, or for classes N = Σ_n w_(y_n) over those not ignored.
+
+Saves its arguments, which are alive anyway: softmax(x) is computed anew in backward, where torch keeps log p from
+forward, a tensor of the size of x. float16 and bfloat16 are computed in float32, of which nothing is kept either.
+
+Reference: Bridle 1990, "Training stochastic model recognition algorithms as networks", NeurIPS 2. Label smoothing:
+Szegedy et al. 2016, arXiv:1512.00567.
+"""
+
+from functools import reduce as fold
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchcalc.autograd import Function
+from torchcalc.losses.reduction import resolve
+from torchcalc.promotion import like, unbroadcast, widen
+
+__all__ = ["CrossEntropyLoss", "cross_entropy"]
+
+
+class Distribution(NamedTuple):
+    """q = smooth + hard·e_classes; the parts have the dimensions of the logits, of size 1 where they are constant."""
+
+    smooth: Tensor | float
+    hard: Tensor | float
+    classes: Tensor | None  # class of each sample, 0 for an ignored one; None for class probabilities
+    counts: Tensor  # 1 for each sample, 0 for an ignored one
+
+
+def distribution(x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int, smoothing: float) -> Distribution:
+    """q of equation (4); u if there are no class weights."""
+    weight = 1 if w is None else column(w, x)
+    uniform = smoothing / max(x.shape[class_dim(x)], 1)
+    if target.is_floating_point():
+        t = widen(target)
+        return Distribution(weight * ((1 - smoothing) * t + uniform if smoothing else t), 0.0, None, t.new_ones(()))
+    y = target.reshape(x.narrow(class_dim(x), 0, 1).shape)
+    counts = y != ignore_index
+    index = torch.where(counts, y, 0)
+    hard = (1 - smoothing) * (1 if w is None else each(w, index))
+    return Distribution(uniform * weight, hard, index, counts.to(widen(x).dtype))
+
+
+def class_dim(x: Tensor) -> int:
+    return 0 if x.dim() == 1 else 1
+
+
+def column(w: Tensor, x: Tensor) -> Tensor:
+    """The class weights in the shape that broadcasts against the logits."""
+    return widen(w).view([-1 if i == class_dim(x) else 1 for i in range(x.dim())])
+
+
+def each(w: Tensor, classes: Tensor) -> Tensor:
+    """w_y of each sample."""
+    return widen(w).gather(0, classes.reshape(-1)).view(classes.shape)
+
+
+def normalizer(x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int, reduction: str) -> Tensor | int:
+    """N; where all targets are ignored it is 1, for torch's 0/0 = NaN would end a training."""
+    if reduction != "mean":
+        return 1
+    if target.is_floating_point():
+        return x.numel() // max(x.shape[class_dim(x)], 1)
+    counts = target != ignore_index
+    samples = counts.sum()
+    n = samples if w is None else (each(w, torch.where(counts, target, 0)) * counts).sum()
+    return torch.where(samples == 0, 1, n) if target.numel() else n
+
+
+def slope_x(x: Tensor, q: Distribution, r: Tensor) -> Tensor:
+    """r·∂ℓ/∂x, where r is each sample's share ∂L/∂ℓ, 0 for an ignored one."""
+    dim = class_dim(x)
+    p = torch.softmax(widen(x), dim)  # (2)
+    smooth = q.smooth.sum(dim, keepdim=True) if isinstance(q.smooth, Tensor) else q.smooth * x.shape[dim]
+    grad = p * (r * (q.hard + smooth))
+    if isinstance(q.smooth, Tensor) or q.smooth:
+        grad = grad - r * q.smooth
+    return grad if q.classes is None else grad.scatter_add_(dim, q.classes, -r * q.hard)  # (3)
+
+
+def slope_t(x: Tensor, w: Tensor | None, smoothing: float) -> Tensor:
+    return (smoothing - 1) * (1 if w is None else column(w, x)) * torch.log_softmax(widen(x), class_dim(x))  # (5)
+
+
+def slope_w(x: Tensor, u: Distribution) -> Tensor:
+    return -u.smooth * torch.log_softmax(widen(x), class_dim(x))  # (6), for probabilities
+
+
+class CrossEntropyFunction(Function):
+    autocast = "float32"
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        target: Tensor,
+        w: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        smoothing: float,
+        *,
+        needs_input_grad: tuple[bool, ...],
+    ) -> Tensor:
+        probabilities = target.is_floating_point()
+        if needs_input_grad[2] and not probabilities:
+            raise RuntimeError(
+                "The function 'nll_loss_forward' is not differentiable with respect to argument 'weight'. "
+                "This input cannot have requires_grad True. Use weight.detach(), or class probabilities as target."
+            )
+        t = widen(target) if probabilities else target
+        summed = "sum" if reduction == "mean" else reduction
+        loss = F.cross_entropy(
+            widen(x), t, widen(w), ignore_index=ignore_index, reduction=summed, label_smoothing=smoothing
+        )
+        if reduction == "mean":
+            loss = loss / normalizer(x, target, w, ignore_index, reduction)
+        return loss.to(_result_dtype(x, target, w))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, target, w, *ctx.options = inputs
+        ctx.save_for_backward(x, target, w)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, target, w = ctx.saved_tensors
+        ignore_index, reduction, smoothing = ctx.options
+        need_x, need_t, need_w, *_ = ctx.needs_input_grad
+        q = distribution(x, target, w, ignore_index, smoothing)
+        g = widen(grad_output) / normalizer(x, target, w, ignore_index, reduction)
+        if reduction == "none":
+            g = g.reshape(x.narrow(class_dim(x), 0, 1).shape)
+        r = g * q.counts
+        grad_w = None
+        if need_w:
+            u = distribution(x, target, None, ignore_index, smoothing)
+            grad_w = unbroadcast(r * slope_w(x, u), column(w, x)).to(w.dtype).view(w.shape)
+        return (
+            like(slope_x(x, q, r), x) if need_x else None,
+            like(r * slope_t(x, w, smoothing), target) if need_t else None,
+            grad_w,
+            None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dt: Tensor | None, dw: Tensor | None, *_: None) -> Tensor:
+        x, target, w = ctx.saved_tensors
+        ignore_index, reduction, smoothing = ctx.options
+        q = distribution(x, target, w, ignore_index, smoothing)
+        change = slope_x(x, q, q.counts) * dx
+        if dt is not None:
+            change = change + slope_t(x, w, smoothing) * dt
+            if dw is not None:
+                change = change + slope_w(x, distribution(x, target, None, ignore_index, smoothing)) * column(dw, x)
+        losses = change.sum(class_dim(x)) if reduction == "none" else change.sum()
+        losses = losses / normalizer(x, target, w, ignore_index, reduction)
+        return losses.to(_result_dtype(x, target, w))
+
+
+def _result_dtype(x: Tensor, target: Tensor, w: Tensor | None) -> torch.dtype:
+    if not target.is_floating_point():
+        return x.dtype
+    return fold(torch.promote_types, (a.dtype for a in (x, target, w) if a is not None))
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The cross-entropy of softmax(input), as ``torch.nn.functional.cross_entropy``.
+
+    Args:
+        input: logits ``(N, C, *)`` or ``(C,)``, of float dtype, C the classes, ``*`` any number of dimensions.
+        target: classes ``(N, *)`` or ``()``, int64 or uint8, 0 ≤ class < C or ``ignore_index``; or probabilities of the
+            shape of input, of float dtype, which get a gradient too if they need one.
+        weight: weights of the classes ``(C,)``, ≥ 0, of the dtype of input; a mean over classes is then over the sum of
+            the weights of the targets. It may need a gradient if target is probabilities.
+        size_average: deprecated, as in torch.
+        ignore_index: the target that contributes nothing; < 0 if target is probabilities.
+        reduce: deprecated, as in torch.
+        reduction: ``"none"`` for the losses of the samples, ``"sum"``, or ``"mean"``.
+        label_smoothing: part ε of each target that is spread evenly over the classes, ≤ 1; torch takes a negative one
+            as 0.
+
+    Returns:
+        0-d tensor, or for ``"none"`` one of shape ``(N, *)`` or ``()``.
+
+    Raises:
+        IndexError: if a target is not a class (on a CPU; CUDA asserts on the device).
+        ValueError: if ``reduction`` is unknown or the batch sizes differ.
+        RuntimeError: if other shapes or dtypes do not fit, label_smoothing > 1, or ``weight`` needs a gradient while
+            target is classes.
+
+    Differs from torch: if all targets are ignored, the mean is 0 and so is its gradient, where torch's mean is NaN.
+    float16 and bfloat16 are computed in float32 and rounded once.
+
+    Reference: Bridle 1990, NeurIPS 2; label smoothing: Szegedy et al. 2016, arXiv:1512.00567.
+
+    >>> logits = torch.tensor([[0.8, 0.1, 0.1]]).log().requires_grad_()
+    >>> loss = cross_entropy(logits, torch.tensor([0]))  # said 0.8 of what is true
+    >>> loss.backward()
+    >>> print(f"{loss.item():.2f}", logits.grad)  # p - y
+    0.22 tensor([[-0.2000,  0.1000,  0.1000]])
+    >>> print(f"{cross_entropy(logits, torch.tensor([1])).item():.2f}")  # said 0.1 of what is true
+    2.30
+    """
+    reduction = resolve(reduction, size_average, reduce)
+    if target.dtype == torch.uint8:
+        target = target.long()  # torch's own transforms have no uint8 index
+    return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, max(label_smoothing, 0.0))
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """Module of :func:`cross_entropy`, as ``torch.nn.CrossEntropyLoss``.
+
+    >>> CrossEntropyLoss()(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor(1.3863)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Apply :func:`cross_entropy`; ``(N, C, *)`` against ``(N, *)``."""
+        return cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
