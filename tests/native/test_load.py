@@ -1,0 +1,229 @@
+"""Finding and loading the library: what keeps it from loading is said, with the remedy, and nothing raises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchcalc import native
+from torchcalc.native import build, load
+
+REMEDY = "python -m torchcalc build"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests look for libraries of their own, whatever the session was started with."""
+    monkeypatch.delenv("TORCHCALC_NATIVE", raising=False)
+    monkeypatch.delenv("TORCHCALC_NATIVE_LIBRARY", raising=False)
+
+
+def run(code: str, **environment: str) -> str:
+    """The output of a fresh Python."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_loaded() -> None:
+    assert native.available()
+    assert native.why_not() == ""
+    path = native.library()
+    assert path is not None and path.is_file()
+
+
+def test_the_environment_switches_it_off() -> None:
+    code = "from torchcalc import native; print(native.available(), native.library(), native.why_not())"
+    assert run(code, TORCHCALC_NATIVE="0").startswith("False None switched off by TORCHCALC_NATIVE=0")
+
+
+def test_importing_loads_nothing() -> None:
+    code = "import torch, torchcalc, torchcalc.native.optim; print(hasattr(torch.ops.torchcalc, 'adam_'))"
+    assert run(code) == "False"
+
+
+def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "directories", lambda: [tmp_path])
+    path, why = load._load()
+    assert path is None
+    assert "not built" in why and str(tmp_path) in why and REMEDY in why
+
+
+def test_built_from_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "directories", lambda: [tmp_path])
+    stale = tmp_path / build.library_name().replace(build.source_hash(), "0" * 16)
+    stale.write_bytes(b"")
+    path, why = load._load()
+    assert path is None
+    assert str(stale) in why and "other sources" in why and REMEDY in why
+
+
+def test_every_source_and_option_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in build.SOURCES.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    original = build.source_hash()
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    assert build.source_hash() == original
+    for path in tmp_path.iterdir():
+        kept = path.read_bytes()
+        path.write_bytes(kept + b"\n")
+        assert build.source_hash() != original
+        path.write_bytes(kept)
+    monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, "-g"])
+    assert build.source_hash() != original
+
+
+def test_a_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "directories", lambda: [tmp_path])
+    (tmp_path / build.library_name()).write_bytes(b"not a library")
+    path, why = load._load()
+    assert path is None
+    assert "does not load" in why and torch.__version__ in why and REMEDY in why
+
+
+def test_a_library_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = native.library()
+    assert loaded is not None
+    monkeypatch.setenv("TORCHCALC_NATIVE_LIBRARY", str(tmp_path / "none.so"))
+    path, why = load._load()
+    assert path is None and "is not a file" in why
+
+    other = tmp_path / "other.so"
+    monkeypatch.setenv("TORCHCALC_NATIVE_LIBRARY", str(other))
+    other.write_bytes(loaded.read_bytes().replace(build.source_hash().encode(), b"0" * 16))
+    path, why = load._load()
+    assert path is None and "other sources" in why
+
+    other.write_bytes(loaded.read_bytes())
+    assert load._find() == (other, "")
+
+
+def test_trouble_while_looking_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise PermissionError("csrc is locked")
+
+    monkeypatch.setattr(build, "library_name", broken)
+    for name, value in dict(_tried=False, _library=None, _why_not="").items():
+        monkeypatch.setattr(load, name, value)
+    assert not native.available()
+    assert "csrc is locked" in native.why_not()
+
+
+# Parent and child both step. The tensors are large enough for two threads and the pool is in use before the fork, so any of
+# torch's own operations on them would hang in the child: they are made before it and checked without torch.
+FORK = """
+import os, signal, torch
+from torchcalc import native
+from torchcalc.native.optim import DONE, grad_norm, sgd_
+torch.set_num_threads(2)
+x = torch.randn(600, 600)
+(x @ x).exp()                                         # the parent's pool has threads
+p, g = torch.full((200_000,), 3.0), torch.ones(200_000)
+values = p.numpy()
+def step():
+    before = values[0]
+    assert sgd_([p], [g], [], lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False) == DONE
+    assert (values == before - 0.5).all()
+    assert grad_norm([g]) == (200_000.0, True)
+if BEFORE:
+    assert native.available(), native.why_not()
+    step()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)                                  # a child that hangs must not outlive the test
+    assert native.available(), native.why_not()
+    step()
+    os._exit(7)
+_, status = os.waitpid(child, 0)
+assert native.available()
+step()
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("before", [True, False], ids=["loaded before the fork", "loaded by the child"])
+def test_a_forked_child_steps(before: bool) -> None:
+    assert run(f"BEFORE = {before}{FORK}") == "7"
+
+
+WORKERS = """
+import torch
+from torch.utils.data import DataLoader
+from torchcalc import native
+from torchcalc.native.optim import DONE, sgd_
+torch.set_num_threads(2)
+assert native.available(), native.why_not()
+options = dict(lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False)
+p, g = [torch.ones(200_000)], [torch.ones(200_000)]
+assert sgd_(p, g, [], **options) == DONE
+class Steps(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        q = [torch.full((200_000,), float(i))]
+        assert sgd_(q, g, [], **options) == DONE
+        return q[0].mean()
+for epoch in range(2):
+    print(torch.cat(list(DataLoader(Steps(), num_workers=2, multiprocessing_context="fork"))).tolist())
+    assert sgd_(p, g, [], **options) == DONE
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_data_loader_workers_after_a_step() -> None:
+    assert run(WORKERS) == "\n".join(["[-0.5, 0.5, 1.5, 2.5]"] * 2)
+
+
+# What each instruction set computes, as one number per result.
+DIGESTS = """
+import hashlib, torch
+from torchcalc import native
+from torchcalc.native.optim import DONE, adam_, grad_norm, sgd_
+assert native.available(), native.why_not()
+print(torch.ops.torchcalc.instruction_set())
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    torch.manual_seed(1)
+    shape = (20_011,)
+    p, g, m, v, x = ([torch.randn(shape).to(dtype)] for _ in range(5))
+    v[0].abs_(), x[0].abs_()
+    print("norm", dtype, *grad_norm(g))
+    # One rounding a product: the same with and without fused multiply-adds
+    assert sgd_(q := [p[0].clone()], g, [], lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False) == DONE
+    print("sgd", dtype, hashlib.sha256(q[0].view(torch.uint8).numpy()).hexdigest())
+    for seed in (None, 3):
+        state = [[t.clone() for t in part] for part in (p, m, v, x)]
+        steps = [torch.tensor(2.0)]
+        options = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, decoupled=True)
+        assert adam_(state[0], g, *state[1:], steps, **options, seed=seed) == DONE
+        digest = hashlib.sha256(b"".join(part[0].view(torch.uint8).numpy().tobytes() for part in state)).hexdigest()
+        print("fused", dtype, seed, digest)
+"""
+
+
+def test_instruction_sets_agree() -> None:
+    output = {name: run(DIGESTS, TORCHCALC_NATIVE_ISA=name).splitlines() for name in ("avx512", "avx2", "baseline")}
+    names = {wish: lines[0] for wish, lines in output.items()}
+    assert names["baseline"] in ("baseline", "neon")
+    best = output["avx512"]
+    for wish, lines in output.items():
+        fused = names[wish] != "baseline" or names["avx512"] == "baseline"
+        rows = zip(best[1:], lines[1:], strict=True)
+        assert all(a == b for a, b in rows if fused or not a.startswith("fused")), wish
+    if names["avx512"] not in ("baseline", "neon"):
+        assert names["avx2"] == "avx2"
+        assert output["baseline"][1:] != best[1:]  # the override reached another loop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["avx2", "baseline"])
+def test_every_instruction_set_passes_the_tests(name: str) -> None:
+    tests = [str(Path(__file__).with_name(f"test_{part}.py")) for part in ("optim", "rounding", "grad_norm")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    result = subprocess.run(command, env={**os.environ, "TORCHCALC_NATIVE_ISA": name}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

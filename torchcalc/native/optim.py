@@ -1,0 +1,204 @@
+"""The optimizer kernels, called from Python. Ask `torchcalc.native.available()` before anything here.
+
+A step has the meaning of torch.optim's formulas and returns a status:
+
+- `DONE`: parameters, state and steps are updated. Gradients are never written to.
+- `UNSUPPORTED`: nothing was touched. Some tensor is not a dense CPU tensor, or a parameter, its gradient and its state have
+  different sizes or strides, or dtypes without a kernel, or overlap. The Python rule takes it.
+- `SKIPPED`: `found_inf` was not zero, nothing was touched.
+
+Dtypes: gradients have their parameter's; state has the parameter's, or float32 for bfloat16 and float16 parameters; `steps`
+are one-element float32 or float64 tensors. float32 and the half types compute in float32, float64 in float64.
+
+The options of all steps:
+
+- `grad_scale`, `found_inf`: a GradScaler's tensors. The gradient is multiplied by 1/grad_scale as `GradScaler.unscale_` does.
+- `grad_coef`: then it is multiplied by this number, e.g. the clip coefficient from `grad_norm`.
+- `seed`: bfloat16 and float16 parameters are rounded stochastically, with bits that depend only on the seed, a parameter's
+  place in the list, and an element's place in it. None rounds to nearest.
+
+Every result has the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["DONE", "SKIPPED", "UNSUPPORTED", "Bound", "GradNorm", "adam_", "grad_norm", "sgd_"]
+
+UNSUPPORTED = 0
+DONE = 1
+SKIPPED = 2
+
+# Kernels write where autograd does not see it: backward through a graph that saved the old weights must raise, as with torch.
+_written = torch._C._increment_version
+
+
+class Bound:
+    """Parameters with their optimizer state, held by the library from step to step.
+
+    Handing five lists of tensors to an operator costs more than a small model's step itself; a bound step hands over the
+    gradients only. What tensors hold may change between steps (`p.data = ...`, `resize_`, `to`): all checks run at every
+    step. Which tensor objects they are may not: bind again when the optimizer's state holds others.
+
+    Args:
+        params: the parameters.
+        state: for Adam all exp_avg, then all exp_avg_sq, then for amsgrad all max_exp_avg_sq; for SGD with momentum all
+            momentum buffers; for SGD without it, nothing.
+        steps: for Adam the step counts, which the kernel increments.
+
+    Copying and pickling bind the copied tensors.
+    """
+
+    __slots__ = ("__weakref__", "_adam", "_handle", "_sgd", "params", "state", "steps")
+
+    def __init__(self, params: Sequence[Tensor], state: Sequence[Tensor], steps: Sequence[Tensor] = ()) -> None:
+        self.params, self.state, self.steps = list(params), list(state), list(steps)
+        ops = torch.ops.torchcalc
+        self._adam, self._sgd = ops.adam_bound_.default, ops.sgd_bound_.default
+        try:
+            with torch.no_grad():
+                self._handle: int = ops.bind.default(self.params, self.state, self.steps)
+        except (RuntimeError, NotImplementedError):  # tensors that torch does not hand to kernels as they are
+            self._handle = 0  # no group has this number: every step is UNSUPPORTED
+        else:
+            weakref.finalize(self, ops.unbind.default, self._handle).atexit = False
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Bound, (self.params, self.state, self.steps)
+
+    def adam_(
+        self,
+        grads: Sequence[Tensor],
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        maximize: bool = False,
+        grad_coef: float = 1.0,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: int | None = None,
+    ) -> int:
+        """One step of Adam, or of AdamW if `decoupled`; returns the status."""
+        status: int = self._adam(
+            self._handle, grads, lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_coef, grad_scale, found_inf, seed
+        )  # fmt: skip
+        if status == DONE:
+            _written(self.params)
+        return status
+
+    def sgd_(
+        self,
+        grads: Sequence[Tensor],
+        *,
+        first: Sequence[int] = (),
+        lr: float,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        nesterov: bool,
+        maximize: bool = False,
+        grad_coef: float = 1.0,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: int | None = None,
+    ) -> int:
+        """One step of SGD; returns the status.
+
+        `first`: the places of those parameters whose momentum buffer is set to the gradient in this step, whatever it holds.
+        """
+        status: int = self._sgd(
+            self._handle, grads, first, lr, momentum, dampening, weight_decay, nesterov, maximize, grad_coef, grad_scale,
+            found_inf, seed,
+        )  # fmt: skip
+        if status == DONE:
+            _written(self.params)
+        return status
+
+
+# Without grad mode: torch would look for a derivative of the operator where a parameter requires a gradient.
+@torch.no_grad()
+def adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool = False,
+    grad_coef: float = 1.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seed: int | None = None,
+) -> int:
+    """`Bound.adam_` for tensors that are used once. An empty `max_exp_avg_sqs` means no amsgrad."""
+    status: int = torch.ops.torchcalc.adam_.default(
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
+        maximize, grad_coef, grad_scale, found_inf, seed,
+    )  # fmt: skip
+    if status == DONE:
+        _written(params)
+    return status
+
+
+@torch.no_grad()
+def sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    first: Sequence[int] = (),
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool = False,
+    grad_coef: float = 1.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seed: int | None = None,
+) -> int:
+    """`Bound.sgd_` for tensors that are used once. `momentum_buffers` is empty without momentum."""
+    status: int = torch.ops.torchcalc.sgd_.default(
+        params, grads, momentum_buffers, first, lr, momentum, dampening, weight_decay, nesterov, maximize, grad_coef,
+        grad_scale, found_inf, seed,
+    )  # fmt: skip
+    if status == DONE:
+        _written(params)
+    return status
+
+
+class GradNorm(NamedTuple):
+    """The sum of the squares of all elements, in float64, and whether each of them is finite.
+
+    `finite` is not the finiteness of `squared`: squares of float64 gradients overflow from 1e154 on.
+    """
+
+    squared: float
+    finite: bool
+
+
+def grad_norm(grads: Sequence[Tensor]) -> GradNorm | None:
+    """‖g‖² over all gradients in one read, the same bits for any number of threads; None if some tensor is unsupported.
+
+    For gradients scaled by a GradScaler divide `squared` by the square of the scale; over shards, sum it.
+    """
+    supported, squared, finite = torch.ops.torchcalc.grad_norm.default(grads)
+    return GradNorm(squared, finite) if supported else None
