@@ -44,7 +44,7 @@ def adagrad_sparse(
     g = g.coalesce()
 
     def like_g(values: Tensor) -> Tensor:
-        return torch.sparse_coo_tensor(g.indices(), values, g.size(), is_coalesced=True)
+        return torch.sparse_coo_tensor(g.indices(), values, g.size(), is_coalesced=True, check_invariants=False)
 
     s.add_(like_g(g.values().pow(2)))  # (2)
     root = s.sparse_mask(g).values().sqrt().add_(eps)

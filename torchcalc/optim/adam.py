@@ -19,17 +19,20 @@ arXiv:1904.09237 (amsgrad; as torch does, the maximum is taken before the correc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from torchcalc.native.optim import Bound
 from torchcalc.optim.checks import (
     check_at_least_zero,
     check_betas,
     check_implementation,
     check_one_element,
-    check_tensor_hyperparameters,
+    check_tensor_betas,
+    check_tensor_lr,
 )
+from torchcalc.optim.extras import Scaling
 from torchcalc.optim.optimizer import Optimizer, ParamsT, to_scalar
 from torchcalc.optim.tensor_list import Scalar, Vector, add_product_, add_ratio_, add_scaled, as_real, average_
 
@@ -82,6 +85,11 @@ class Adam(Optimizer):
         fused: True: the native kernel where there is one (the default on CPU), and unscaling inside
             ``GradScaler.step``.
         decoupled_weight_decay: (1') instead of (1): AdamW.
+        max_norm: clip the gradient to this norm over all groups inside the step, as ``clip_grad_norm_`` beforehand
+            does,
+            but ``p.grad`` is left alone; the norm found is in ``optimizer.grad_norm``.
+        skip_nonfinite: leave out a step with inf or nan in any gradient; ``optimizer.skipped_steps`` counts them.
+        rounding: how bfloat16 and float16 parameters are rounded, "nearest" or "stochastic" (see ``extras.py``).
 
     Raises:
         ValueError: an argument, also of a single group, out of range; found before anything is changed.
@@ -113,6 +121,9 @@ class Adam(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
     ) -> None:
         super().__init__(
             params,
@@ -129,15 +140,37 @@ class Adam(Optimizer):
                 "fused": fused,
                 "decoupled_weight_decay": decoupled_weight_decay,
             },
+            max_norm=max_norm,
+            skip_nonfinite=skip_nonfinite,
+            rounding=rounding,
+        )
+
+    def native(
+        self, bound: Bound, grads: list[Tensor], group: dict[str, Any], first: list[int], scaling: Scaling
+    ) -> int:
+        b1, b2 = group["betas"]
+        return bound.adam_(
+            grads,
+            lr=float(group["lr"]),
+            beta1=float(b1),
+            beta2=float(b2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+            grad_coef=float(scaling.coefficient),
+            grad_scale=scaling.grad_scale,
+            seed=scaling.seed,
         )
 
     def check(self, group: dict[str, Any]) -> None:
-        check_tensor_hyperparameters(group)
+        check_tensor_lr(group)
         check_one_element("lr", group["lr"])
         check_at_least_zero("learning rate", group["lr"])
         check_at_least_zero("epsilon value", group["eps"])
         check_betas(group["betas"])
         check_at_least_zero("weight_decay value", group["weight_decay"])
+        check_tensor_betas(group)
         check_implementation(group)
 
     def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +217,9 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
     ) -> None:
         super().__init__(
             params,
@@ -198,6 +234,9 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            max_norm=max_norm,
+            skip_nonfinite=skip_nonfinite,
+            rounding=rounding,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

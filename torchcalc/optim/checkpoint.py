@@ -2,7 +2,7 @@
 
 - State tensors are copied. torch keeps those that are already on the device and of the dtype, so that two optimizers
   which loaded one checkpoint step each other's state.
-- State keeps its dtype. torch rounds float32 state to the parameter's bfloat16.
+- State is never rounded. torch casts it to its parameter's dtype: float32 averages of a bfloat16 weight are lost.
 - ``foreach``, ``fused``, ``capturable`` and ``differentiable`` stay as the constructor was told: they say how this
   process computes, not what was learnt.
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 HOW = ("foreach", "fused", "capturable", "differentiable")
+SCALARS = ("step", "mu_product")
 
 
 def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -79,7 +80,7 @@ def _copied(value: Any, p: Tensor, group: dict[str, Any], key: Any = None) -> An
             return value.detach().to(
                 p.device if on_device else "cpu", torch.float32 if on_device else value.dtype, copy=True
             )
-        return value.to(p.device, copy=True)
+        return value.to(p.device, _unrounded(value, p), copy=True)
     if isinstance(value, dict):
         return {k: _copied(v, p, group, k) for k, v in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):
@@ -89,4 +90,8 @@ def _copied(value: Any, p: Tensor, group: dict[str, Any], key: Any = None) -> An
     return value
 
 
-SCALARS = ("step", "mu_product")
+def _unrounded(value: Tensor, p: Tensor) -> torch.dtype:
+    """The parameter's dtype, as torch has it, but never a narrower one than the value's own."""
+    if value.is_floating_point() and p.is_floating_point():
+        return torch.promote_types(value.dtype, p.dtype)
+    return value.dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 import warnings
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 __all__ = [
     "check_at_least_zero",
     "check_betas",
+    "check_finite",
     "check_implementation",
     "check_one_element",
-    "check_tensor_hyperparameters",
+    "check_tensor_betas",
+    "check_tensor_lr",
     "warn_of_misspelling",
 ]
 
@@ -28,34 +31,50 @@ def check_one_element(name: str, value: Any) -> None:
 
 def check_at_least_zero(what: str, value: Any) -> None:
     """What is 'learning rate', 'epsilon value', ... Unlike torch's, this refuses nan and inf."""
-    number = float(value)
-    if not (number >= 0 and math.isfinite(number)):
+    if not (0.0 <= value and _is_finite(value)):
         raise ValueError(f"Invalid {what}: {value}; it must be a finite number >= 0")
+
+
+def check_finite(what: str, value: Any) -> None:
+    if not _is_finite(value):
+        raise ValueError(f"Invalid {what}: {value}; it must be a finite number")
+
+
+def _is_finite(value: Any) -> bool:
+    return math.isfinite(value.detach() if isinstance(value, Tensor) else value)
 
 
 def check_betas(betas: Any) -> None:
     for i in (0, 1):
-        if not 0.0 <= float(betas[i]) < 1.0:
+        if not 0.0 <= betas[i] < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {betas[i]}; it must be in [0, 1)")
+    if len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas}; they are two, e.g. (0.9, 0.999)")
 
 
-def check_tensor_hyperparameters(group: dict[str, Any]) -> None:
-    """What Adam says about lr and betas as tensors."""
-    alone = group["foreach"] and not group["capturable"]
-    remedy = "; pass capturable=True, or leave foreach out"
-    if isinstance(group["lr"], Tensor) and alone:
-        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True" + remedy)
+def check_tensor_lr(group: dict[str, Any]) -> None:
+    """What Adam says about lr as a tensor."""
+    if isinstance(group["lr"], Tensor):
+        check_not_foreach("lr", group)
+
+
+def check_tensor_betas(group: dict[str, Any]) -> None:
+    """What Adam says about betas as tensors. Numbers may be int, which torch's constructor refuses."""
     betas = group["betas"]
-    are_tensors = [isinstance(b, Tensor) for b in betas]
-    if not (all(are_tensors) or all(isinstance(b, float) for b in betas)):
-        raise ValueError(f"betas must be either both floats or both Tensors, but are {betas}; write e.g. 0.0 for 0")
-    if all(are_tensors):
-        for i, b in enumerate(betas):
-            if alone:
-                raise ValueError(
-                    f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True" + remedy
-                )
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"betas must be either both floats or both Tensors, but are {betas}; convert one of them")
+    for i, b in enumerate(betas):
+        if isinstance(b, Tensor):
+            check_not_foreach(f"betas[{i}]", group)
             check_one_element(f"betas[{i}]", b)
+
+
+def check_not_foreach(name: str, group: dict[str, Any]) -> None:
+    if group["foreach"] and not group["capturable"]:
+        raise ValueError(
+            f"{name} as a Tensor is not supported for capturable=False and foreach=True; "
+            "pass capturable=True, or leave foreach out"
+        )
 
 
 def check_implementation(group: dict[str, Any]) -> None:
@@ -75,5 +94,13 @@ def warn_of_misspelling(group: dict[str, Any], known: dict[str, Any]) -> None:
             warnings.warn(
                 f"parameter group has an unknown option {key!r}, which changes nothing; did you mean {close[0]!r}?",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=_level_of_caller(),
             )
+
+
+def _level_of_caller() -> int:
+    """The stacklevel of the first frame outside of torch and torchcalc, for a warning of the calling function."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torchcalc"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -16,6 +16,7 @@ Reference: Armijo 1966, doi:10.2140/pjm.1966.16.1; Nocedal, Wright 2006, "Numeri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -69,6 +70,8 @@ class GradientDescent(Optimizer):
     Raises:
         ValueError: an argument, also of a single group, out of range.
         RuntimeError: backtrack without a closure.
+
+    If the closure raises, the parameters are put back first.
 
     >>> import torch
     >>> x = torch.nn.Parameter(torch.tensor(3.0))
@@ -135,42 +138,58 @@ class GradientDescent(Optimizer):
             if self.backtrack:
                 raise RuntimeError("backtrack=True needs a closure that evaluates the loss: call step(closure)")
             return super().step()
-        rng = _RNG(self.param_groups)
+        if self.backtrack and len({group["maximize"] for group in self.param_groups}) > 1:
+            raise ValueError("backtrack=True needs one direction, but maximize differs between groups")
+        start = _RNG(self.param_groups)
         with torch.enable_grad():
             loss = closure()
-        after_one = _RNG(self.param_groups)
+        moves = [_Move(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        try:
+            self.descent = self._try(moves, _number(loss), closure, start)
+        except BaseException:
+            for move in moves:
+                move.undo()
+            raise
+        return loss
 
-        active = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        with torch.no_grad():
-            old = [p.clone() for p, _, _ in active]
-            directions = [
-                g.clone() if not group["maximize"] else -g for _, g, group in active
-            ]  # closures overwrite p.grad
-            promise = sum(
-                float(group["lr"]) * float(_squared_norm(g))
-                for g, (_, _, group) in zip(directions, active, strict=True)
-            )
-        sign = -1 if any(group["maximize"] for _, _, group in active) else 1
-        before, scale, after = _number(loss), 1.0, float("nan")
+    def _try(self, moves: list[_Move], before: float, closure: Callable[[], Any], start: _RNG) -> Descent:
+        """Shorter and shorter steps, until one is accepted or all are given up."""
+        sign = -1 if self.param_groups[0]["maximize"] else 1
+        promise = sum(move.promise for move in moves)
+        scale = 1.0
         for trial in range(1, self.max_trials + 1):
-            with torch.no_grad():
-                for (p, _, group), start, g in zip(active, old, directions, strict=True):
-                    p.copy_(start)
-                    gradient_descent(p, g, lr=scale * group["lr"])
-            rng.restore()
+            for move in moves:
+                move.make(scale)
+            start.restore()
             with torch.enable_grad():
                 after = _number(closure())
-            if not self.backtrack or sign * after <= sign * before - self.armijo * scale * promise:  # (2)
-                self.descent = Descent(before, after, scale, trial)
-                break
+            enough = math.isfinite(after) and sign * after <= sign * before - self.armijo * scale * promise  # (2)
+            if enough or not self.backtrack:
+                return Descent(before, after, scale, trial)
             scale *= self.shrink
-        else:
-            with torch.no_grad():
-                for (p, _, _), start in zip(active, old, strict=True):
-                    p.copy_(start)
-            self.descent = Descent(before, before, 0.0, self.max_trials)
-        after_one.restore()
-        return loss
+        for move in moves:
+            move.undo()
+        return Descent(before, before, 0.0, self.max_trials)
+
+
+class _Move:
+    """A parameter, where it was, and its way down: closures overwrite p.grad."""
+
+    @torch.no_grad()
+    def __init__(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        self.p, self.old, self.lr = p, p.clone(), float(group["lr"])
+        self.g = -p.grad if group["maximize"] else p.grad.clone()
+        self.promise = self.lr * float(_squared_norm(self.g))
+
+    @torch.no_grad()
+    def make(self, scale: float) -> None:
+        self.p.copy_(self.old)
+        gradient_descent(self.p, self.g, lr=scale * self.lr)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        self.p.copy_(self.old)
 
 
 def _number(loss: Any) -> float:

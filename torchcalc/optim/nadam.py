@@ -86,6 +86,7 @@ class NAdam(Optimizer):
 
     rule = staticmethod(nadam)
     sparse_error = "NAdam does not support sparse gradients"
+    on_device = "params, mu_products and state_steps"
 
     def __init__(
         self,
@@ -150,4 +151,4 @@ class NAdam(Optimizer):
         mu = hyper["b1"] * (1.0 - 0.5 * (0.96 ** (t * psi)))  # (2)
         mu_next = hyper["b1"] * (1.0 - 0.5 * (0.96 ** ((t + 1) * psi)))
         state["mu_product"] *= mu
-        return {"t": t, "mu": mu, "mu_next": mu_next, "mu_product": read(state["mu_product"], group)}
+        return {"t": t, "mu": mu, "mu_next": mu_next, "mu_product": read(state["mu_product"])}

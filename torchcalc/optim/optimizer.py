@@ -12,29 +12,55 @@ Which way a step goes, group by group:
 =====================================  =================================================================================
 ``foreach=False`` (or fused=False)     tensor by tensor; equal to torch's loop to the last bit
 ``foreach=True``; default on CUDA      one ``torch._foreach_*`` call per operation of the rule and bucket
-``fused=True`` on CUDA                 torch's fused kernel where the class has one, else as foreach
+``fused=True`` on CUDA                 the same, and GradScaler's scale and found_inf are handled inside
 ``differentiable=True``                tensor by tensor, out of place, recorded by autograd
-otherwise (default and fused on CPU)   tensor by tensor
+otherwise (default and fused on CPU)   the class's native kernel over all tensors at once; without one, or for tensors
+                                       that it does not take, tensor by tensor
 =====================================  =================================================================================
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torchcalc.optim.checkpoint import load_state_dict
 from torchcalc.optim.checks import warn_of_misspelling
-from torchcalc.optim.tensor_list import TensorList
+from torchcalc.optim.extras import (
+    NORMAL,
+    Scaling,
+    check_extras,
+    clip_coefficient,
+    draw_seed,
+    global_norm,
+    round_stochastically_,
+)
+from torchcalc.optim.native import DONE, Plan, is_wanted
+from torchcalc.optim.tensor_list import Recorded, TensorList
 
 __all__ = ["Optimizer", "ParamsT"]
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+def without_dynamo(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method without the import of Dynamo, which takes a second.
+
+    torch hides methods from Dynamo by a wrapper which imports it first. Nothing can be compiling before that import.
+    """
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (method if "torch._dynamo" in sys.modules else inspect.unwrap(method))(*args, **kwargs)
+
+    return call
 
 
 class Entry(NamedTuple):
@@ -54,10 +80,35 @@ class Optimizer(torch.optim.Optimizer):
     sparse_rule: ClassVar[Callable[..., None] | None] = None
     sparse_error: ClassVar[str] = ""
     counts_steps: ClassVar[bool] = True
+    #: What capturable=True keeps on the device, in torch's words.
+    on_device: ClassVar[str] = "params and state_steps"
+    #: The kernel of the rule: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
+    native: Callable[..., int] | None = None
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    #: ‖g‖ over all parameters at the last step, before clipping; needs max_norm or skip_nonfinite.
+    grad_norm: float | Tensor | None = None
+    #: How many steps skip_nonfinite has left out.
+    skipped_steps: int = 0
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        rounding: str = "nearest",
+    ) -> None:
         self.defaults = defaults
         self.check(defaults)
+        check_extras(max_norm, skip_nonfinite, rounding)
+        if defaults.get("differentiable") and (max_norm is not None or rounding != "nearest"):
+            raise ValueError(
+                "differentiable=True does not go with max_norm or rounding='stochastic': autograd would record "
+                "neither; leave them out, and clip by differentiable operations before the step"
+            )
+        self.max_norm, self.skip_nonfinite, self.rounding = max_norm, skip_nonfinite, rounding
+        self._plans: dict[int, Plan] = {}
         super().__init__(params, defaults)
         if defaults.get("fused"):  # only then: with it Lightning refuses gradient_clip_val under 16-mixed
             self._step_supports_amp_scaling = True
@@ -87,9 +138,28 @@ class Optimizer(torch.optim.Optimizer):
         if not self.counts_steps:
             return {}
         state["step"] += 1
-        return {"t": read(state["step"], group)}
+        return {"t": read(state["step"])}
 
     # The driver.
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of step for hooks and the profiler, left out where there are none: it costs 10 µs a call."""
+        with_hooks = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if (
+                torch.autograd.profiler._is_profiler_enabled
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+            ):
+                return with_hooks(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked like the constructor's arguments.
@@ -103,16 +173,25 @@ class Optimizer(torch.optim.Optimizer):
             lr = param_group["lr"]
             if isinstance(lr, Tensor) and not lr.requires_grad and any(lr is g["lr"] for g in self.param_groups):
                 param_group["lr"] = lr.clone()
-        super().add_param_group(param_group)
+        without_dynamo(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    zero_grad = without_dynamo(torch.optim.Optimizer.zero_grad)
+    state_dict = without_dynamo(torch.optim.Optimizer.state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("max_norm", "skip_nonfinite", "rounding", "grad_norm", "skipped_steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._plans = {}
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True
 
+    @without_dynamo
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of its torch twin; see :mod:`torchcalc.optim.checkpoint`."""
@@ -140,80 +219,147 @@ class Optimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
-        entries = [self._entries(group) for group in self.param_groups]
-        for group, group_entries in zip(self.param_groups, entries, strict=True):
-            if group_entries:
-                self._step_group(group, group_entries, grad_scale)
+        scaling = self._scaling(grad_scale)
+        if scaling is None:
+            self.skipped_steps += 1
+            return
+        steps = [self._prepare(i, group) for i, group in enumerate(self.param_groups)]  # each may raise; then all run
+        for step in steps:
+            step(scaling)
 
-    def _entries(self, group: dict[str, Any]) -> list[Entry]:
-        """The parameters with a gradient, with their state; raises before any state is made."""
-        params = [p for p in group["params"] if p.grad is not None]
-        if self.sparse_rule is None and any(p.grad.is_sparse for p in params):
+    def _scaling(self, grad_scale: Tensor | None) -> Scaling | None:
+        """What max_norm, skip_nonfinite and rounding make of this step; None to skip it."""
+        coefficient: float | Tensor = 1.0
+        if self.max_norm is not None or self.skip_nonfinite:
+            norm = global_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
+            self.grad_norm = norm.value if grad_scale is None else norm.value / float(grad_scale)
+            if self.skip_nonfinite and not norm.finite:
+                return None
+            if self.max_norm is not None:
+                coefficient = clip_coefficient(self.grad_norm, self.max_norm)
+        seed = draw_seed() if self.rounding == "stochastic" else None
+        if grad_scale is None and seed is None and self.max_norm is None:
+            return NORMAL
+        return Scaling(grad_scale, coefficient, seed)
+
+    def _prepare(self, index: int, group: dict[str, Any]) -> Callable[[Scaling], None]:
+        """Find out how the group goes, and raise if it cannot; the step itself is then run by what is returned."""
+        params = group["params"]
+        grads = [g for g in [p.grad for p in params] if g is not None]
+        if len(grads) != len(params):
+            params = [p for p in params if p.grad is not None]
+        if not grads:
+            return lambda scaling: None
+        if self.native is None or not is_wanted(group):
+            entries = self._entries(group, params)
+            return lambda scaling: self._step_group(group, entries, scaling)
+
+        plan, made, first = self._plans.get(index), None, []
+        keys = tuple(self.slots(group).values())
+        if plan is None or not plan.holds(params, self.state, keys):
+            made = self._entries(group, params)
+            plan = self._plans[index] = Plan(made, self.state, keys, self.counts_steps)
+            first = [i for i, place in enumerate(plan.places) if made[place].first]
+
+        def run(scaling: Scaling) -> None:
+            assert self.native is not None
+            rest = plan.rest
+            kernel_grads = [grads[i] for i in plan.places] if rest else grads
+            if kernel_grads and self.native(plan.bound, kernel_grads, group, first, scaling) != DONE:
+                del self._plans[index]  # a tensor has moved, or a gradient has other strides
+                rest = range(len(params))
+            if rest:
+                entries = made or self._entries(group, params)
+                self._step_group(group, [entries[i] for i in rest], scaling)
+
+        return run
+
+    def _entries(self, group: dict[str, Any], params: list[Tensor]) -> list[Entry]:
+        """Parameters with their gradient and state; raises before any state of the group is made."""
+        grads = [p.grad for p in params if p.grad is not None]
+        if self.sparse_rule is None and any(g.is_sparse for g in grads):
             raise RuntimeError(self.sparse_error)
-        if group.get("capturable") and not torch.compiler.is_compiling():
-            check_capturable(params)
+        if "capturable" in self.defaults and not torch.compiler.is_compiling():
+            if group["capturable"]:
+                check_capturable(params, self.on_device)
+            if not params[0].is_cpu:
+                self._accelerator_graph_capture_health_check()  # raises where a graph would capture one step's numbers
         keys = self.slots(group).values()
         entries = []
-        for p in params:
-            state = self.state[p]
+        for p, g in zip(params, grads, strict=True):
+            state = self.state[p] if keys or self.counts_steps else {}
             missing = [key for key in keys if state.get(key) is None]
             if self.counts_steps and "step" not in state:
                 state["step"] = new_step(p, group)
             for key in missing:
-                state[key] = self.new_slot(key, p, p.grad, group)
-            entries.append(Entry(p, p.grad, [state[key] for key in keys], state, first=bool(missing)))
+                state[key] = self.new_slot(key, p, g, group)
+            entries.append(Entry(p, g, [state[key] for key in keys], state, first=bool(missing)))
         return entries
 
-    def _step_group(self, group: dict[str, Any], entries: list[Entry], grad_scale: Tensor | None) -> None:
+    def _step_group(self, group: dict[str, Any], entries: list[Entry], scaling: Scaling) -> None:
         hyper = self.hyper(group)
-        hyper["lr"] = to_scalar(hyper["lr"])
+        hyper["lr"] = live(to_scalar(hyper["lr"]))
         as_lists = goes_foreach(group, entries)
         buckets: dict[Any, list[tuple[list[Tensor], dict[str, Any]]]] = {}
+        sharded: list[Tensor] = []
         for e in entries:
             scalars = self.advance(e.state, group, hyper, e.first)
             if group["differentiable"]:
                 self._step_recorded(group, e, {**hyper, **scalars})
                 continue
             tensors = local_shards([e.p, e.g, *e.slots])
-            if as_lists and not e.g.is_sparse and len({t.dtype for t in tensors}) == 1:
+            if tensors[0] is not e.p:
+                sharded.append(e.p)
+            if as_lists and scaling.seed is None and fits_a_list(tensors):
                 numbers = tuple(None if isinstance(s, Tensor) else s for s in scalars.values())
                 buckets.setdefault((e.p.device, e.p.dtype, numbers), []).append((tensors, scalars))
             else:
-                self._step_one(group, tensors, {**hyper, **scalars}, grad_scale)
+                self._step_one(group, tensors, {**hyper, **scalars}, scaling)
         for bucket in buckets.values():
             lists = [TensorList(ts) for ts in zip(*(tensors for tensors, _ in bucket), strict=True)]
             scalars = {k: stack([scalars[k] for _, scalars in bucket]) for k in bucket[0][1]}
-            self._apply(group, lists, {**hyper, **scalars}, grad_scale)
+            self._apply(group, lists, {**hyper, **scalars}, scaling)
+        if sharded and not torch.compiler.is_compiling():  # autograd has seen their shards written, and not them
+            torch.autograd.graph.increment_version(sharded)
 
-    def _apply(
-        self, group: dict[str, Any], tensors: list[Any], args: dict[str, Any], grad_scale: Tensor | None
-    ) -> None:
-        """Call the rule on [p, g, *slots], tensors or TensorLists; g unscaled first, and negated to ascend."""
+    def _apply(self, group: dict[str, Any], tensors: list[Any], args: dict[str, Any], scaling: Scaling) -> None:
+        """Call the rule on [p, g, *slots], tensors or TensorLists; g scaled first, and negated to ascend."""
         p, g, *slots = tensors
-        if grad_scale is not None:
-            g = g.div(grad_scale)
+        g = scaling.direction(g)
         if group["maximize"]:
             g = -g
         rule = self.sparse_rule if isinstance(g, Tensor) and g.is_sparse and self.sparse_rule else self.rule
         rule(p, g, **dict(zip(self.slots(group), slots, strict=True)), **args)
 
-    def _step_one(
-        self, group: dict[str, Any], tensors: list[Tensor], args: dict[str, Any], grad_scale: Tensor | None
-    ) -> None:
+    def _step_one(self, group: dict[str, Any], tensors: list[Tensor], args: dict[str, Any], scaling: Scaling) -> None:
         """One parameter; where its state has another dtype (loaded, say), in the widest, rounded once at the end."""
-        if all(t.dtype == tensors[0].dtype for t in tensors):
-            return self._apply(group, tensors, args, grad_scale)
-        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+        p = tensors[0]
+        stochastic = scaling.seed is not None and p.dtype in (torch.bfloat16, torch.float16)
+        if all(t.dtype == p.dtype for t in tensors) and not stochastic:
+            return self._apply(group, tensors, args, scaling)
+        dtype = functools.reduce(
+            torch.promote_types, (t.dtype for t in tensors), torch.float32 if stochastic else p.dtype
+        )
         wide = [t.to(dtype) for t in tensors]
-        self._apply(group, wide, args, grad_scale)
-        for t, new in zip(tensors, wide, strict=True):
-            if new is not t and t is not tensors[1]:
+        self._apply(group, wide, args, scaling)
+        for i, (t, new) in enumerate(zip(tensors, wide, strict=True)):
+            if i == 0 and stochastic:
+                round_stochastically_(t, new)
+            elif i != 1 and new is not t:
                 t.copy_(new)
 
     def _step_recorded(self, group: dict[str, Any], e: Entry, args: dict[str, Any]) -> None:
-        """differentiable=True: autograd needs the old values, so the rule works on copies, which become the state."""
-        p, slots = e.p.clone(), [s.clone() for s in e.slots]
-        self._apply(group, local_shards([p, e.g, *slots]), args, None)
+        """differentiable=True: autograd needs the old values, so the rule makes new ones, which become the state."""
+        if e.g.is_sparse:
+            p, *slots = [t.clone() for t in (e.p, *e.slots)]
+            self._apply(group, [p, e.g, *slots], args, NORMAL)
+        else:
+            recorded = [Recorded(t) for t in (e.p.clone(), e.g, *e.slots)]  # p itself is written below
+            self._apply(group, recorded, args, NORMAL)
+            p, _, *slots = [
+                torch.view_as_complex(r.tensor) if e.p.is_complex() and not r.tensor.is_complex() else r.tensor
+                for r in recorded
+            ]
         e.p.copy_(p)
         e.state.update(zip(self.slots(group).values(), slots, strict=True))
 
@@ -226,9 +372,24 @@ def to_scalar(x: Any) -> Any:
     return x.squeeze() if isinstance(x, Tensor) and x.dim() != 0 else x
 
 
-def read(scalar: Tensor, group: dict[str, Any]) -> Any:
-    """A scalar of the state as a number; as a tensor where reading it would cost a synchronisation or a graph."""
-    return scalar if group.get("capturable") or torch.compiler.is_compiling() else scalar.item()
+def live(lr: Any) -> Any:
+    """Under torch.compile a tensor, which a scheduler may change without a compilation for each of its values.
+
+    A sum, since torch's pass that keeps floats out of graphs (tensorify) knows no other way from a number to a tensor.
+    """
+    if torch.compiler.is_compiling() and not isinstance(lr, Tensor):
+        return torch.zeros((), dtype=torch.float64) + lr
+    return lr
+
+
+def read(scalar: Tensor) -> Any:
+    """A scalar of the state as a number; as a tensor where reading it would cost a synchronisation or a graph.
+
+    That tensor has a number's precision: in float32, 1 − 0.999ᵗ would be wrong in the fifth digit at t = 1.
+    """
+    if scalar.is_cpu and not torch.compiler.is_compiling():
+        return scalar.item()
+    return scalar if scalar.device.type == "mps" else scalar.double()  # MPS has no float64
 
 
 def stack(scalars: list[Any]) -> Any:
@@ -246,14 +407,14 @@ def new_step(p: Tensor, group: dict[str, Any]) -> Tensor:
     return new_scalar(0.0, p, group)
 
 
-def check_capturable(params: list[Tensor]) -> None:
+def check_capturable(params: list[Tensor], on_device: str) -> None:
     from torch.optim.optimizer import _get_capturable_supported_devices
 
     supported = _get_capturable_supported_devices()
     for p in params:
         if p.device.type not in supported:
             raise AssertionError(
-                f"If capturable=True, params and state_steps must be on supported devices: {supported}.; "
+                f"If capturable=True, {on_device} must be on supported devices: {supported}.; "
                 f"a parameter is on {p.device}: pass capturable=False"
             )
 
@@ -265,6 +426,13 @@ def goes_foreach(group: dict[str, Any], entries: list[Entry]) -> bool:
         tensor_lr = isinstance(group["lr"], Tensor) and not group.get("capturable")
         return not tensor_lr and all(e.p.is_cuda for e in entries)
     return bool(group["foreach"])
+
+
+def fits_a_list(tensors: list[Tensor]) -> bool:
+    """Whether [p, g, *slots] may stand in TensorLists beside others': plain dense tensors of one dtype."""
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter) and not t.is_sparse and t.dtype == tensors[0].dtype for t in tensors
+    )
 
 
 def local_shards(tensors: list[Tensor]) -> list[Tensor]:

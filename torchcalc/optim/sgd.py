@@ -16,11 +16,13 @@ References: Polyak 1964, doi:10.1016/0041-5553(64)90137-5 (momentum); Sutskever 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from torchcalc.optim.checks import check_at_least_zero, check_implementation, check_one_element
+from torchcalc.native.optim import Bound
+from torchcalc.optim.checks import check_at_least_zero, check_finite, check_implementation, check_one_element
+from torchcalc.optim.extras import Scaling
 from torchcalc.optim.optimizer import Optimizer, ParamsT
 from torchcalc.optim.tensor_list import Scalar, Vector, add_scaled, add_scaled_
 
@@ -69,6 +71,11 @@ class SGD(Optimizer):
         differentiable: let autograd record the step; the parameters are then not leaves.
         fused: True: the native kernel where there is one (the default on CPU), and unscaling inside
             ``GradScaler.step``.
+        max_norm: clip the gradient to this norm over all groups inside the step, as ``clip_grad_norm_`` beforehand
+            does,
+            but ``p.grad`` is left alone; the norm found is in ``optimizer.grad_norm``.
+        skip_nonfinite: leave out a step with inf or nan in any gradient; ``optimizer.skipped_steps`` counts them.
+        rounding: how bfloat16 and float16 parameters are rounded, "nearest" or "stochastic" (see ``extras.py``).
 
     Raises:
         ValueError: an argument, also of a single group, out of range; found before anything is changed.
@@ -99,6 +106,9 @@ class SGD(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
     ) -> None:
         super().__init__(
             params,
@@ -113,6 +123,26 @@ class SGD(Optimizer):
                 "differentiable": differentiable,
                 "fused": fused,
             },
+            max_norm=max_norm,
+            skip_nonfinite=skip_nonfinite,
+            rounding=rounding,
+        )
+
+    def native(
+        self, bound: Bound, grads: list[Tensor], group: dict[str, Any], first: list[int], scaling: Scaling
+    ) -> int:
+        return bound.sgd_(
+            grads,
+            first=first,
+            lr=float(group["lr"]),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=float(group["weight_decay"]),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            grad_coef=float(scaling.coefficient),
+            grad_scale=scaling.grad_scale,
+            seed=scaling.seed,
         )
 
     def check(self, group: dict[str, Any]) -> None:
@@ -120,6 +150,7 @@ class SGD(Optimizer):
         check_at_least_zero("learning rate", group["lr"])
         check_at_least_zero("momentum value", group["momentum"])
         check_at_least_zero("weight_decay value", group["weight_decay"])
+        check_finite("dampening value", group["dampening"])
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 "Nesterov momentum requires a momentum and zero dampening, but momentum is "

@@ -9,13 +9,14 @@ TensorList: one per tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Recorded",
     "Scalar",
     "TensorList",
     "Vector",
@@ -40,6 +41,14 @@ class TensorList:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
 
     # In-place methods return self, like Tensor's.
     def add_(self, other: Any, alpha: float = 1) -> TensorList:
@@ -137,7 +146,52 @@ class TensorList:
         return TensorList(torch._foreach_pow(base, self.tensors))
 
 
-Vector = Any  # Tensor | TensorList, the two things rules run on
+class Recorded:
+    """A tensor for a rule that autograd records: its in-place methods make a new tensor and hold that one instead.
+
+    The values are those of Tensor's methods, and the old ones stay, which a derivative may need: that of √v needs √v,
+    and a rule goes on to write to it.
+
+    >>> v = torch.tensor(4.0, requires_grad=True)
+    >>> Recorded(v).sqrt().add_(1.0).tensor.backward()
+    >>> v.grad
+    tensor(0.2500)
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def copy_(self, other: Recorded) -> Recorded:
+        self.tensor = other.tensor
+        return self
+
+    def __neg__(self) -> Recorded:
+        return Recorded(-self.tensor)
+
+    def __getattr__(self, name: str) -> Callable[..., Recorded]:
+        function = getattr(self.tensor, name.removesuffix("_"))
+
+        def method(*args: Any, **kwargs: Any) -> Recorded:
+            new = function(*(a.tensor if isinstance(a, Recorded) else a for a in args), **kwargs)
+            if not name.endswith("_"):
+                return Recorded(new)
+            self.tensor = new.to(self.dtype)
+            return self
+
+        return method
+
+
+Vector = Any  # Tensor | TensorList | Recorded, the things rules run on
 Scalar = Any  # float | Tensor | TensorList
 
 
@@ -149,6 +203,10 @@ def as_real(*vectors: Any) -> tuple[Any, ...]:
     """Views of complex tensors as real ones, of one more dimension; None and real tensors as they are."""
 
     def view(x: Any) -> Any:
+        if isinstance(x, Recorded):
+            if x.dtype.is_complex:
+                x.tensor = torch.view_as_real(x.tensor)  # the driver turns it back
+            return x
         if isinstance(x, TensorList):
             return TensorList([torch.view_as_real(t) for t in x.tensors]) if x.tensors[0].is_complex() else x
         return torch.view_as_real(x) if x is not None and x.is_complex() else x
@@ -165,19 +223,18 @@ def is_live(a: Scalar) -> bool:
 
 def add_scaled(y: Vector, x: Vector, a: Scalar) -> Vector:
     """y + a·x, as a new tensor."""
-    return y.addcmul(x, a) if is_live(a) else y.add(x, alpha=a)
+    return y.add(x.mul(a)) if is_live(a) else y.add(x, alpha=a)
 
 
 def add_scaled_(y: Vector, x: Vector, a: Scalar) -> Vector:
     """y ← y + a·x."""
-    return y.addcmul_(x, a) if is_live(a) else y.add_(x, alpha=a)
+    return y.add_(x.mul(a)) if is_live(a) else y.add_(x, alpha=a)
 
 
 def average_(y: Vector, x: Vector, beta: Scalar) -> Vector:
     """y ← y + (1 − β)·(x − y), the exponential moving average."""
     if isinstance(beta, Tensor):  # torch wants it on y's device and of y's dtype
-        example = y.tensors[0] if isinstance(y, TensorList) else y
-        beta = beta.to(example.device, example.dtype)
+        beta = beta.to(y.device, y.dtype)
     return y.lerp_(x, 1 - beta)
 
 
