@@ -1,0 +1,153 @@
+"""check_function and check_loss: run the registered checks of a function or a loss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# isort: off
+from torchcalc.testing import (  # noqa: F401  they register their checks, in the order of the report
+    derivatives,
+    second,
+    contract,
+    layouts,
+    storage,
+    extremes,
+    precision,
+    transforms,
+    losses,
+    targets,
+)
+
+# isort: on
+from torchcalc.testing.registry import Kind, run, select
+from torchcalc.testing.report import Report
+from torchcalc.testing.subject import Subject, make_subject
+
+__all__ = ["assert_function", "assert_loss", "check_function", "check_loss"]
+
+
+def check_function(
+    fn: Callable[..., Any],
+    *inputs: Any,
+    reference: Callable[..., Any] | None = None,
+    wrt: Sequence[int] | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    compile: bool = False,
+    progress: bool | None = None,
+    name: str | None = None,
+) -> Report:
+    """Check the derivatives and the contract of a differentiable function; the global RNG is left as it was.
+
+    Args:
+        fn: any callable: a function of torch, ``YourFunction.apply``, a module (whose parameters are differentiated
+            too), a ``functools.partial``.
+        *inputs: example arguments, tensors or anything else, small (up to some hundred numbers) and away from kinks;
+            they are copied, and the float ones are used in float64.
+        reference: a trusted callable of the same arguments, to compare values, gradients and rounding with.
+        wrt: indices of the inputs to differentiate; by default all float tensors. Leave out those whose derivative is
+            meant to be missing.
+        include: names of the checks to run; by default all but the slow ones.
+        exclude: names of checks to leave out.
+        compile: run the checks that compile as well; they take seconds.
+        progress: show progress on stderr; by default on a terminal.
+        name: what the report is headed with.
+
+    Returns:
+        A report that is true when there are no errors, and prints as a table.
+
+    Raises:
+        ValueError: no input is a float tensor; ``wrt`` or a name of a check is wrong.
+
+    >>> report = check_function(torch.tanh, torch.linspace(-1, 1, 6), include=["gradient", "adjoint"])
+    >>> bool(report), [f.verdict for f in report]
+    (True, ['ok', 'ok'])
+    """
+    return _check(("function",), fn, inputs, reference, wrt, include, exclude, compile, progress, name)
+
+
+def check_loss(
+    loss: Callable[..., Any],
+    *inputs: Any,
+    reference: Callable[..., Any] | None = None,
+    wrt: Sequence[int] | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    compile: bool = False,
+    progress: bool | None = None,
+    name: str | None = None,
+) -> Report:
+    """:func:`check_function`, and what only losses have: reductions, ignore_index, weights, micro-batches, and so on.
+
+    Args:
+        loss: a module or a function of (input, target, ...). Its options ``reduction``, ``ignore_index``, ``weight``,
+            ``pos_weight`` and ``label_smoothing`` are found by name, and checked if they are there.
+        *inputs: example arguments; the first dimension is that of the samples.
+        reference, wrt, include, exclude, compile, progress, name: as for :func:`check_function`.
+
+    >>> report = check_loss(torch.nn.MSELoss(), torch.rand(4, 3), torch.rand(4, 3), include=["gradient", "reductions"])
+    >>> bool(report)
+    True
+    """
+    return _check(("function", "loss"), loss, inputs, reference, wrt, include, exclude, compile, progress, name)
+
+
+def assert_function(fn: Callable[..., Any], *inputs: Any, **options: Any) -> Report:
+    """:func:`check_function`, but errors raise.
+
+    Raises:
+        AssertionError: with the report as its message.
+
+    >>> assert_function(torch.sin, torch.rand(3), include=["gradient"]).errors
+    ()
+    """
+    report = check_function(fn, *inputs, **options)
+    report.raise_errors()
+    return report
+
+
+def assert_loss(loss: Callable[..., Any], *inputs: Any, **options: Any) -> Report:
+    """:func:`check_loss`, but errors raise.
+
+    Raises:
+        AssertionError: with the report as its message.
+    """
+    report = check_loss(loss, *inputs, **options)
+    report.raise_errors()
+    return report
+
+
+def _check(
+    kinds: tuple[Kind, ...], fn: Any, inputs: Sequence[Any], reference: Any, wrt: Any, include: Any, exclude: Any,
+    compile: bool, progress: bool | None, name: str | None,
+) -> Report:  # fmt: skip
+    checks = select(kinds, include, exclude, compile)
+    with surroundings(inputs):
+        subject = prepare(fn, inputs, reference, wrt, name)
+        return run(subject.name, checks, subject.fresh, progress)
+
+
+@contextmanager
+def surroundings(inputs: Sequence[Any]) -> Iterator[None]:
+    """Grad mode on, and one thread, for examples are small; afterwards generators and threads are as they were."""
+    devices = {x.device.index or 0 for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine waiting for a second one takes 20 times as long as a small batch_norm
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def prepare(fn: Any, inputs: Sequence[Any], reference: Any, wrt: Any, name: str | None) -> Subject:
+    """A subject, made without the warnings of the function."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make_subject(fn, inputs, reference, wrt, name)

@@ -1,0 +1,129 @@
+"""It is the rule that it says: the same run as a twin, or as a textbook rule in float64."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcalc.testing.optimizers.compare import failed, parting, same_run
+from torchcalc.testing.optimizers.subject import WAYS, OptimizerSubject, spelled
+from torchcalc.testing.optimizers.tensors import Grads, Play, gradients
+from torchcalc.testing.optimizers.textbook import explanations
+from torchcalc.testing.optimizers.variants import variants
+from torchcalc.testing.registry import Skip, check
+from torchcalc.testing.report import Finding
+
+Runner = Callable[..., Play]
+
+
+@check("optimizer", "parity")
+def parity(subject: OptimizerSubject) -> Finding:
+    """The same run as the reference, over its options; the slip that explains a difference is named."""
+    if subject.reference is None:
+        raise Skip("no reference given")
+    params = subject.parameters()
+    grads = gradients(params, 6)
+    for row in grads[1:]:  # of all sizes, so that ε has a place
+        for g in row:
+            assert g is not None
+            g.mul_(10.0 ** torch.linspace(-4, 1, g.numel(), dtype=g.dtype).reshape(g.shape))
+    expect = reference_run(subject, params)
+    runs, refused = 0, []
+    for variant in variants(subject):
+        try:
+            expected = expect(grads, **variant)
+        except (TypeError, ValueError, RuntimeError):
+            refused.append(variant)
+            continue
+        for name, way in subject.each_way():
+            found = subject.trial(params, grads, **way, **variant)
+            m = parting(expected, found)
+            if m is not None:
+                what = f"{spelled(subject.reference)}{f' with {variant}' if variant else ''} against this{name}"
+                return failed("parity", what, m, list(causes(subject, params, grads, variant, expect, expected)), found)
+            runs += 1
+    if not runs:
+        raise Skip(f"the reference refuses {refused}")
+    return Finding("parity", figure=f"{runs} runs equal {spelled(subject.reference)}")
+
+
+def reference_run(subject: OptimizerSubject, params: list[nn.Parameter]) -> Runner:
+    """What plays the reference from these parameters: an optimizer's factory, or a rule over a whole trajectory."""
+    reference = subject.reference
+    assert reference is not None
+    required = [
+        p
+        for p in inspect.signature(reference).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if not isinstance(reference, type) and len(required) >= 2:
+        return lambda grads, **variant: _rule_run(subject, params, grads, variant)
+
+    takes = OptimizerSubject(reference).accepts
+    how = (*WAYS, "capturable", "differentiable")
+    options = {k: v for k, v in {**subject.defaults, **subject.options}.items() if k in takes and k not in how}
+    twin = OptimizerSubject(reference, options)
+
+    def play(grads: Grads, **variant: Any) -> Play:
+        return twin.trial(params, grads, **twin.with_reference_way(), **variant)
+
+    return play
+
+
+def _rule_run(subject: OptimizerSubject, params: list[nn.Parameter], grads: Grads, variant: dict[str, Any]) -> Play:
+    rule = subject.reference
+    assert rule is not None
+    names = inspect.signature(rule).parameters
+    hyper = {k: v for k, v in {**subject.defaults, **variant}.items() if k in names}
+    if any(k not in names for k in variant):
+        raise ValueError(f"the rule takes no {sorted(variant)}")
+
+    def upto(i: int, t: int) -> Tensor:
+        return torch.as_tensor(rule(params[i].detach().clone(), [step[i] for step in grads[:t]], **hyper))
+
+    return [[upto(i, t) for i in range(len(params))] for t in range(len(grads) + 1)]
+
+
+def causes(
+    subject: OptimizerSubject,
+    params: list[nn.Parameter],
+    grads: Grads,
+    variant: dict[str, Any],
+    expect: Runner,
+    expected: Play,
+) -> Iterator[tuple[str, Callable[[], Play] | Play]]:
+    """Suspects: the reference with an option ignored or changed, and the textbook with a slip."""
+    hyper = {**subject.defaults, **variant}
+
+    def with_options(**options: Any) -> Play:
+        try:
+            return expect(grads, **{**variant, **options})
+        except Exception:
+            return [[torch.full_like(p, torch.nan) for p in params] for _ in expected]
+
+    def ignoring(option: str, value: Any) -> Callable[[], Play]:
+        return lambda: with_options(**{option: value})
+
+    off = {"weight_decay": 0.0, "nesterov": False, "amsgrad": False, "dampening": 0.0, "centered": False}
+    for option, value in off.items():
+        if hyper.get(option):
+            yield f"{option.replace('_', ' ')} ignored", ignoring(option, value)
+    if hyper.get("momentum"):
+        yield "momentum ignored", lambda: with_options(momentum=0.0, nesterov=False, dampening=0.0)
+    if "maximize" in hyper:
+        sign = "maximize ignored" if hyper["maximize"] else "sign of the update"
+        yield sign, lambda: with_options(maximize=not hyper["maximize"])
+    for option in variant:
+        if option in subject.defaults:
+            yield f"{option} ignored", ignoring(option, subject.defaults[option])
+    steps = [[g for g in row if g is not None] for row in grads]
+    known = None
+    for family, slip, run in explanations([p.detach() for p in params], steps, hyper):
+        if not slip:
+            known = family if same_run(run, expected) else None
+        elif known == family and not same_run(run, expected):
+            yield slip, run

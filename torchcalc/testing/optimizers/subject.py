@@ -1,0 +1,207 @@
+"""What the checks of an optimizer need: to build it anew with other options, to give it gradients, to see it move."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcalc.testing.optimizers.tensors import SHAPES, Grads, Play, clone, gradients, parameters, set_gradients
+from torchcalc.testing.registry import Skip
+
+__all__ = ["WAYS", "OptimizerSubject", "spelled"]
+
+#: What says how a step is computed, and not what.
+WAYS = ("foreach", "fused")
+
+
+class OptimizerSubject:
+    """An optimizer class or factory with the options under test."""
+
+    def __init__(
+        self,
+        build: Callable[..., torch.optim.Optimizer],
+        options: Mapping[str, Any] | None = None,
+        reference: Callable[..., Any] | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        self.build, self.options = build, dict(options or {})
+        self.reference, self.threshold = reference, threshold
+        self.accepts = _accepted(build)
+        self._takes: dict[tuple[int, ...], bool] = {}
+        probe = [nn.Parameter(torch.zeros(2, 2))]
+        try:
+            self.example = self.make(probe)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{spelled(build)} cannot be built from parameters alone: {error}; "
+                "pass what it needs as options=dict(lr=...), or a factory params -> optimizer"
+            ) from error
+        if not isinstance(self.example, torch.optim.Optimizer):
+            raise TypeError(
+                f"{spelled(build)} made a {type(self.example).__name__}, which is no torch.optim.Optimizer; "
+                "pass an optimizer class or a factory params -> optimizer"
+            )
+        self.defaults = {k: v for k, v in self.example.param_groups[0].items() if k not in ("params", "param_names")}
+        if self.defaults.get("differentiable"):
+            raise ValueError(
+                "with differentiable=True parameters may not be leaves, as they are in these checks; "
+                "leave it out of the options: the check 'differentiable' tries it"
+            )
+        self.needs_closure = self._needs_closure()
+
+    def _needs_closure(self) -> bool:
+        """Whether step() fails where step(closure) does not: LBFGS, a line search."""
+        failures = []
+        for self.needs_closure in (False, True):
+            p = nn.Parameter(torch.ones(2, 2))
+            try:
+                self.step(self.make([p]), [p], [torch.ones(2, 2)])
+            except Exception as error:
+                failures.append(error)
+            else:
+                return self.needs_closure
+        raise ValueError(
+            f"{self.name} cannot take a step by a dense gradient: {failures[0]}; there are no checks for that"
+        ) from failures[0]
+
+    @functools.cached_property
+    def is_random(self) -> bool:
+        """Whether bfloat16 steps differ from run to run, as stochastic rounding does."""
+        params = [nn.Parameter(torch.linspace(0.5, 2, 64, dtype=torch.bfloat16).reshape(8, 8))]
+        grads = gradients(params, 2)
+        runs = [self.trial(params, grads) for _ in range(3)]
+        return any(not torch.equal(runs[0][-1][0], run[-1][0]) for run in runs[1:])
+
+    @property
+    def name(self) -> str:
+        given = ", ".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{spelled(self.build)}({given})"
+
+    @property
+    def lr(self) -> float:
+        """The step size under test; a check that needs one skips an optimizer without."""
+        if "lr" not in self.defaults:
+            raise Skip("its groups have no lr")
+        return float(self.defaults["lr"])
+
+    def has(self, option: str) -> bool:
+        """Whether the constructor or the groups know the option."""
+        return option in self.accepts or option in self.defaults
+
+    def make(self, params: Any, **override: Any) -> torch.optim.Optimizer:
+        """The optimizer with its options; what a factory does not take goes into the parameter groups."""
+        options = {**copy.deepcopy(self.options), **override}
+        own = {k: v for k, v in options.items() if k in self.accepts or k in self.options}
+        rest = {k: v for k, v in options.items() if k not in own}
+        if not rest:
+            return self.build(params, **own)
+        params = list(params)
+        groups = params if isinstance(params[0], dict) else [{"params": params}]
+        return self.build([{**rest, **group} for group in groups], **own)
+
+    def ways(self) -> list[dict[str, Any]]:
+        """How a step can be computed: as pinned by the options, else every way that the constructor knows."""
+        if any(self.options.get(way) is not None for way in WAYS) or not any(way in self.accepts for way in WAYS):
+            return [{}]
+        loop = {way: False for way in WAYS if way in self.accepts}
+        return [loop, *({**loop, way: True} for way in loop)]
+
+    def with_reference_way(self) -> dict[str, Any]:
+        """The loop over tensors, where the constructor can be told to."""
+        return {way: False for way in WAYS if way in self.accepts}
+
+    def each_way(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(" with fused=True", options) for every way that can be built."""
+        for way in self.ways():
+            try:
+                self.make(parameters(((2, 2),)), **way)
+            except (RuntimeError, ValueError):
+                if way != self.ways()[0]:
+                    continue
+                raise
+            on = [k for k, v in way.items() if v]
+            yield (f" with {on[0]}=True" if on else ""), way
+
+    def shapes(self, wanted: Sequence[tuple[int, ...]] = SHAPES) -> tuple[tuple[int, ...], ...]:
+        """Those of the shapes that it takes: Muon, say, wants matrices."""
+        return self._taken(tuple(wanted)) or self._taken(((3, 4), (4, 5), (2, 3)))
+
+    def _taken(self, wanted: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        for shape in wanted:
+            if shape not in self._takes:
+                try:
+                    self.make(parameters((shape,)))
+                except (RuntimeError, ValueError):
+                    self._takes[shape] = False
+                else:
+                    self._takes[shape] = True
+        return tuple(shape for shape in wanted if self._takes[shape])
+
+    def parameters(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[nn.Parameter]:
+        return parameters(self.shapes(), dtype, seed)
+
+    def step(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """One step with these gradients; through a closure, of a linear loss, where the optimizer needs one."""
+        set_gradients(params, grads)
+        if not self.needs_closure:
+            optimizer.step()
+            return
+
+        def closure() -> float:
+            set_gradients(params, grads)
+            pairs = [(p.detach(), g) for p, g in zip(params, grads, strict=True) if g is not None]
+            return sum(float((p * g.conj()).sum().real) for p, g in pairs)
+
+        optimizer.step(closure)
+
+    def play(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Grads) -> Play:
+        """Step through the gradients; what the parameters were."""
+        seen = [clone(params)]
+        for step in grads:
+            self.step(optimizer, params, step)
+            seen.append(clone(params))
+        return seen
+
+    def trial(self, params: Sequence[Tensor], grads: Grads, **override: Any) -> Play:
+        """Play with copies of these parameters and a new optimizer."""
+        mine = [nn.Parameter(p.detach().clone()) for p in params]
+        return self.play(self.make(mine, **override), mine, grads)
+
+
+def _accepted(build: Callable[..., Any]) -> frozenset[str]:
+    """The names of the options that the constructor, or the factory, takes."""
+    names: set[str] = set()
+    chain: Iterable[Any] = (build,)
+    if isinstance(build, type):
+        chain = [
+            vars(c)["__init__"] for c in build.__mro__[:-1] if "__init__" in vars(c) and c is not torch.optim.Optimizer
+        ]
+    for init in chain:
+        parameters = list(inspect.signature(init).parameters.values())
+        names.update(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return frozenset(names - {"self", "params"} - _first(build))
+
+
+def _first(build: Callable[..., Any]) -> set[str]:
+    """The name under which a factory takes the parameters."""
+    parameters = list(inspect.signature(build).parameters.values())
+    return {parameters[0].name} if parameters else set()
+
+
+def spelled(build: Callable[..., Any]) -> str:
+    """A name for the optimizer: torch.optim.AdamW as torch.optim.AdamW."""
+    if isinstance(build, functools.partial):
+        return spelled(build.func)
+    name = getattr(build, "__qualname__", type(build).__name__)
+    module = getattr(build, "__module__", "")
+    if module.startswith(("torch.optim.", "torchcalc.optim.")):
+        module = module.rpartition(".")[0]
+    return f"{module}.{name}".removeprefix("builtins.")
