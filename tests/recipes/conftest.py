@@ -1,0 +1,54 @@
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine two threads spend most of the time waiting for one another: nets this small gain nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_recipe(folder: Path, *args: str) -> SimpleNamespace:
+    """Run ``python -m recipes`` in ``folder`` as a user does; return what it printed, its lines and its report."""
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes", *args],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    *_, report = f"\n{done.stdout.rstrip()}".rpartition("\n\n")
+    return SimpleNamespace(
+        folder=folder,
+        stdout=done.stdout,
+        stderr=done.stderr,
+        report={line[:16].strip(): line[16:].strip() for line in report.splitlines()},
+    )
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the scalars in a run's event files: (step, value) by tag."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Three epochs of the digits recipe with the defaults of its config."""
+    return run_recipe(tmp_path_factory.mktemp("trained"), "digits", "--trainer.max_epochs=3")

@@ -1,0 +1,99 @@
+"""A wrong key or value, on the command line or in a YAML file, ends in one line that names it, before training."""
+
+import os
+
+import pytest
+
+from recipes.__main__ import main
+
+SGD = "optimizer: {class_path: torch.optim.SGD, init_args: {%s}}"
+
+# what the user typed, what the one line says
+ARGUMENTS = [
+    ([], "no recipe given; recipes are: digits"),
+    (["digit"], "there is no recipe 'digit'; recipes are: digits"),
+    (["digits", "fitt"], "there is no option 'fitt'"),
+    (["digits", "--data.batch_sise=3"], "there is no option 'data.batch_sise'; did you mean 'data.batch_size'?"),
+    (["digits", "--trainer.max_epoch=3"], "there is no option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
+    (["digits", "--trainer.max_epochs=many"], "trainer.max_epochs: expected int, got 'many'"),
+    (["digits", "--data.batch_size=0"], "data.batch_size: Not of type PositiveInt: 0 does not conform"),
+    (["digits", "--seed_everything=-1"], "seed_everything: Not of type Seed: -1 does not conform"),
+    (["digits", "--trainer.precision=99"], "trainer.precision: expected 64, 32, 16 or 'transformer-engine', "),
+    (["digits", "--model.net.init_args.widht=3"], "there is no option 'widht'; did you mean 'width'?"),
+    (["digits", "--model.net=Foo"], "model.net: there is no class 'Foo': give its full path"),
+    (["digits", "--model.net=torch.nn.Foo"], "model.net: torch.nn.Foo: module 'torch.nn' has no attribute 'Foo'"),
+    (["digits", "--model.net=torch.optim.SGD"], "model.net: Import path torch.optim.SGD does not correspond to a subc"),
+    (["digits", "--model.loss=torchcalc.nn.CrossEntropy"], "torchcalc.nn.CrossEntropy: "),
+    (["digits", "--optimizer=torchcalc.optim.AdamX"], "module 'torchcalc.optim' has no attribute 'AdamX'"),
+    (["digits", "--optimizer.lr=fast"], "optimizer: torchcalc.optim.AdamW: lr: expected float, got 'fast'"),
+    (["digits", "--optimizer.lr=-1"], "torchcalc.optim.adam.AdamW: Invalid learning rate: -1.0"),
+    (["digits", "--lr_scheduler.gamma=x"], "torch.optim.lr_scheduler.ExponentialLR: gamma: expected float, got 'x'"),
+    (
+        ["digits", "--trainer.accelerator=gpus"],
+        "Trainer: You selected an invalid accelerator name",
+    ),
+    (["digits", "--trainer.max_epochs=-7"], "Trainer: `max_epochs` must be a non-negative integer or -1"),
+    (["digits", "--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: there is no class 'EarlyStoping'"),
+    (["digits", "--ckpt_path=nowhere.ckpt"], "ckpt_path: there is no file 'nowhere.ckpt'"),
+    (["digits", "--config=nowhere.yaml"], "File does not exist: '{cwd}/nowhere.yaml'"),
+]
+FILES = [
+    ("modle: {net: 3}", "there is no option 'modle.net'; did you mean 'model.net'?"),
+    ("model: {nett: 3}", "there is no option 'model.nett'; did you mean 'model.net'?"),
+    ("trainer: {max_epochs: many}", "trainer.max_epochs: expected int, got 'many'"),
+    (SGD % "lrr: 2", "optimizer: torch.optim.SGD: there is no option 'lrr'; did you mean 'lr'?"),
+    (SGD % "lr: fast", "optimizer: torch.optim.SGD: lr: expected float, got 'fast'"),
+    (SGD % "momentum: -1", "torch.optim.sgd.SGD: Invalid momentum value: -1"),
+    ("optimizer: {class_path: torch.optim.SGD, lr: 3}", "beside class_path only init_args is allowed"),
+    ("optimizer: {class_path: AdamW}", "optimizer: Multiple subclasses with name AdamW. Give the full class path"),
+    ("trainer: {callbacks: [{class_path: torch.optim.SGD}]}", "torch.optim.SGD does not correspond to a subclass of C"),
+    ("trainer: [", "Problems parsing config: "),
+    ("trainer", "Unexpected config: trainer"),
+    ("trainer: {callbacks: [{class_path: Checkpointt}]}", "trainer.callbacks: there is no class 'Checkpointt'"),
+]
+
+
+def refuse(argv, capsys, monkeypatch, tmp_path):
+    """Run a recipe that must fail before it leaves anything in the folder; return what it said."""
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert set(tmp_path.iterdir()) == before, "training had started"
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "says"), ARGUMENTS, ids=[" ".join(argv) or "nothing" for argv, _ in ARGUMENTS])
+def test_argument(argv, says, capsys, monkeypatch, tmp_path):
+    *others, error = refuse(argv, capsys, monkeypatch, tmp_path).splitlines()
+    assert all("Seed set to 0" in line for line in others)
+    assert error.startswith("error: ")
+    assert says.format(cwd=os.getcwd()) in error
+
+
+@pytest.mark.parametrize(("text", "says"), FILES, ids=[text for text, _ in FILES])
+def test_file(text, says, capsys, monkeypatch, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    test_argument(["digits", "--config=mine.yaml"], says, capsys, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("callback", ["ModelCheckpoint", "EarlyStopping"])
+def test_monitor_that_nothing_logs(callback, capsys, monkeypatch, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        f"trainer: {{callbacks: [{{class_path: {callback}, init_args: {{monitor: los/val}}}}]}}"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["digits", "--config=mine.yaml"])
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.endswith(f"error: {callback}: monitor: nothing logs 'los/val'; did you mean 'loss/val'?\n")
+    assert "Epoch 0" not in out
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        main(["digits", "--optimizer.lr=-1"])
