@@ -5,6 +5,7 @@ import gc
 import pickle
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -65,10 +66,10 @@ def test_tensors_that_come_to_overlap_are_refused() -> None:
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_copies_hold_the_copies(copier: object) -> None:
+def test_copies_hold_the_copies(copier: Callable[[Bound], Bound]) -> None:
     state = AdamState([(9,), (2, 3)], torch.float32)
     bound = state.bound()
-    other = copier(bound)  # type: ignore[operator]
+    other = copier(bound)
     grads = state.grads()
     assert other.adam_(grads, **ADAM) == DONE
     assert not torch.equal(other.params[0], state.params[0])
@@ -77,9 +78,6 @@ def test_copies_hold_the_copies(copier: object) -> None:
 
 
 def test_letting_go_frees_the_tensors() -> None:
-    class Storage(Tensor):
-        pass
-
     p = torch.randn(4)
     gone = weakref.ref(p)
     bound = Bound([p], [])
@@ -101,20 +99,32 @@ def test_unknown_handles_are_unsupported() -> None:
         assert step(unknown, [torch.randn(3)], *numbers) == UNSUPPORTED
 
 
-def test_autograd_notices_the_new_weights() -> None:
-    for way in ("bound", "unbound"):
-        w = torch.randn(3, requires_grad=True)
-        loss = (w * w).sum()
-        g = torch.randn(3)
-        version = w._version
-        if way == "bound":
-            assert Bound([w], []).sgd_([g], **SGD) == DONE
-        else:
-            assert sgd_([w], [g], [], **SGD) == DONE
-        assert w._version == version + 1
-        assert w.requires_grad and w.is_leaf
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+def sgd_bound(w: Tensor, g: Tensor) -> int:
+    return Bound([w], []).sgd_([g], **SGD)
+
+
+def sgd_unbound(w: Tensor, g: Tensor) -> int:
+    return sgd_([w], [g], [], **SGD)
+
+
+def adam_bound(w: Tensor, g: Tensor) -> int:
+    return Bound([w], [torch.zeros(3), torch.zeros(3)], [torch.tensor(0.0)]).adam_([g], **ADAM)
+
+
+def adam_unbound(w: Tensor, g: Tensor) -> int:
+    return adam_([w], [g], [torch.zeros(3)], [torch.zeros(3)], [], [torch.tensor(0.0)], **ADAM)
+
+
+@pytest.mark.parametrize("step", [sgd_bound, sgd_unbound, adam_bound, adam_unbound])
+def test_autograd_notices_the_new_weights(step: Callable[[Tensor, Tensor], int]) -> None:
+    w = torch.randn(3, requires_grad=True)
+    loss = (w * w).sum()
+    version = w._version
+    assert step(w, torch.randn(3)) == DONE  # with grad mode on
+    assert w._version > version
+    assert w.requires_grad and w.is_leaf
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_threads_of_the_program_step_side_by_side() -> None:

@@ -36,7 +36,14 @@ REFUSED: dict[str, dict[str, Any]] = {
     "state of another size": dict(exp_avgs=lambda t: t[:-1].contiguous()),
     "gradient of another dtype": dict(grads=Tensor.double),
     "state of another dtype": dict(exp_avgs=Tensor.double, exp_avg_sqs=Tensor.double),
-    "halves of the state in two dtypes": dict(exp_avgs=Tensor.bfloat16),
+    "half state of a full parameter": dict(exp_avgs=Tensor.bfloat16, exp_avg_sqs=Tensor.bfloat16),
+    "state of another half dtype": dict(
+        params=Tensor.bfloat16,
+        grads=Tensor.bfloat16,
+        exp_avgs=Tensor.half,
+        exp_avg_sqs=Tensor.half,
+    ),
+    "state in two dtypes": dict(exp_avgs=Tensor.bfloat16),
     "integers": dict(params=Tensor.int, grads=Tensor.int, exp_avgs=Tensor.int, exp_avg_sqs=Tensor.int),
     "complex": dict(
         params=lambda t: t.to(torch.complex64), grads=lambda t: t.to(torch.complex64),

@@ -12,12 +12,15 @@ are one-element float32 or float64 tensors. float32 and the half types compute i
 
 The options of all steps:
 
-- `grad_scale`, `found_inf`: a GradScaler's tensors. The gradient is multiplied by 1/grad_scale as `GradScaler.unscale_` does.
-- `grad_coef`: then it is multiplied by this number, e.g. the clip coefficient from `grad_norm`.
+- `grad_scale`, `found_inf`: a GradScaler's tensors. The gradient is multiplied by 1/grad_scale, as `unscale_` does.
+- `grad_coef`: it is multiplied by this number, e.g. the clip coefficient from `grad_norm`; by both in one product.
 - `seed`: bfloat16 and float16 parameters are rounded stochastically, with bits that depend only on the seed, a parameter's
   place in the list, and an element's place in it. None rounds to nearest.
 
-Every result has the same bits for any number of threads.
+Every result has the same bits for any number of threads. In float32 and float64 a step has the bits of torch.optim's loop
+of tensor operations (foreach=False) on a processor with fused multiply-adds, but for one thing: our square roots are
+correctly rounded, and torch's are not everywhere (MKL's on AMD). Half types compute in float32 and round what is stored,
+once, as torch's fused kernels do.
 """
 
 from __future__ import annotations

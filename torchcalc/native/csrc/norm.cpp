@@ -102,7 +102,7 @@ std::tuple<bool, double, bool> grad_norm(TensorList grads) {
   }
   Partition partition(n, block);
   for (const Dense& g : dense) partition.append(g.numel);
-  partition.for_each_slice(2 * grain, [&](int64_t i, int64_t begin, int64_t end) {
+  partition.for_each_slice(40 * 1024, [&](int64_t i, int64_t begin, int64_t end) {
     kernels[static_cast<size_t>(i)](items[static_cast<size_t>(i)], NormHyper{}, begin, end);
   });
 
@@ -126,7 +126,9 @@ std::tuple<bool, double, bool> grad_norm(TensorList grads) {
 }  // namespace
 }  // namespace torchcalc
 
-STABLE_TORCH_LIBRARY_FRAGMENT(torchcalc, m) { m.def("grad_norm(Tensor[] grads) -> (bool, float, bool)"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(torchcalc, m) {
+  m.def("grad_norm(Tensor[] grads) -> (bool supported, float squared, bool finite)");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(torchcalc, CompositeExplicitAutograd, m) {
   m.impl("grad_norm", TC_BOX(torchcalc::grad_norm));

@@ -80,12 +80,13 @@ bool Group::items(const TensorList& grads, int slots, std::vector<Item>& out) {
   return describe_items(grads, slots, out) && disjoint(out, slots);
 }
 
-Status StepOptions::prepare(double& inverse) const {
+Status StepOptions::prepare(bool maximize, StepHyper& out) const {
   Scalar scalar;
-  inverse = 1;
+  out.factor = maximize ? -grad_coef : grad_coef;
+  out.seed = static_cast<uint64_t>(seed.value_or(0));
   if (grad_scale) {
     if (!describe(grad_scale->get(), Access::read, scalar)) return unsupported;
-    inverse = static_cast<double>(static_cast<float>(1.0 / scalar.get()));
+    out.factor *= static_cast<double>(static_cast<float>(1.0 / scalar.get()));
   }
   if (found_inf) {
     if (!describe(found_inf->get(), Access::read, scalar)) return unsupported;

@@ -59,6 +59,12 @@ class Group {
   std::vector<Interval> written_;   // sorted
 };
 
+// What kernels of every formula take.
+struct StepHyper {
+  double factor;  // of the gradient: ± grad_coef/grad_scale
+  uint64_t seed;
+};
+
 // What every step takes besides its formula's numbers.
 struct StepOptions {
   double grad_coef;
@@ -66,21 +72,9 @@ struct StepOptions {
   std::optional<Tensor> found_inf;
   std::optional<int64_t> seed;  // given: round stochastically
 
-  // 1/grad_scale as torch.amp.GradScaler.unscale_ rounds it, into `inverse`; `done` when there is a step to do.
-  Status prepare(double& inverse) const;
+  // Fills `out`; `done` when there is a step to do. 1/grad_scale is rounded as torch.amp.GradScaler.unscale_ rounds it.
+  Status prepare(bool maximize, StepHyper& out) const;
 };
-
-struct StepHyper {
-  double inverse_scale;
-  double coef;  // grad_coef, negated to maximize
-  uint64_t seed;
-};
-
-// The gradient that the formula sees. Products with 1 are exact, so the options cost no branch.
-template <class T>
-TC_INLINE T effective_grad(T g, T inverse_scale, T coef) {
-  return g * inverse_scale * coef;
-}
 
 template <class P>
 inline constexpr bool is_half = std::is_same_v<P, BFloat16> || std::is_same_v<P, Float16>;
@@ -100,11 +94,11 @@ struct Draws {
     if constexpr (!shared) philox(seed, static_cast<uint64_t>(stream), number + philox_lanes, second);
   }
   TC_INLINE Random first_of(int64_t pair) const {
-    const uint32_t word = (&first.word[0][0])[pair];
+    const uint32_t word = first.word[pair];
     return {shared ? word & 0xFFFFu : word};
   }
   TC_INLINE Random second_of(int64_t pair) const {
-    return {shared ? (&first.word[0][0])[pair] >> 16 : (&second.word[0][0])[pair]};
+    return {shared ? first.word[pair] >> 16 : second.word[pair]};
   }
 };
 
@@ -210,14 +204,13 @@ bool with_types(Dtype param, Dtype slot, const F& with) {
   return false;
 }
 
-// Small steps are cheaper in one thread than in two: measured, waking the pool costs as much as this many elements.
-inline constexpr int64_t grain = 16384;
-
+// `grain`: so many elements are cheaper in one thread than waking another one is; measured.
 template <class Hyper>
 void run_all(
     const std::vector<Item>& items,
     const std::vector<void (*)(const Item&, const Hyper&, int64_t, int64_t)>& kernels,
-    const Hyper& hyper) {
+    const Hyper& hyper,
+    int64_t grain) {
   Partition partition(static_cast<int64_t>(items.size()));
   for (const Item& item : items) partition.append(item.numel);
   partition.for_each_slice(grain, [&](int64_t i, int64_t begin, int64_t end) {

@@ -12,7 +12,7 @@ namespace torchcalc {
 inline constexpr int philox_lanes = 16;  // counters computed side by side, one SIMD lane each
 
 struct PhiloxBlock {
-  uint32_t word[4][philox_lanes];  // word[w][l]: output word w of the counter first + l
+  uint32_t word[4 * philox_lanes];  // word[w * philox_lanes + l]: output word w of the counter first + l
 };
 
 // One round, and the next round's key.
@@ -44,10 +44,10 @@ TC_INLINE void philox(uint64_t seed, uint64_t stream, uint64_t first, PhiloxBloc
     philox_round(x0, x1, x2, x3, key0, key1);
     philox_round(x0, x1, x2, x3, key0, key1);
     philox_round(x0, x1, x2, x3, key0, key1);
-    out.word[0][l] = x0;
-    out.word[1][l] = x1;
-    out.word[2][l] = x2;
-    out.word[3][l] = x3;
+    out.word[l] = x0;
+    out.word[philox_lanes + l] = x1;
+    out.word[2 * philox_lanes + l] = x2;
+    out.word[3 * philox_lanes + l] = x3;
   }
 }
 

@@ -23,19 +23,18 @@ struct SgdKernel {
   using T = computed_t<P>;
 
   struct Numbers {
-    T inverse_scale, coef, weight_decay, momentum, gain, negative_lr, nesterov, first;
+    T factor, weight_decay, momentum, gain, negative_lr, nesterov, first;
   };
 
   template <bool Fma>
   static TC_INLINE void run(const Item& item, const Hyper& h, int64_t begin, int64_t end) {
     const Numbers c{
-        number<T>(h.inverse_scale), number<T>(h.coef), number<T>(h.weight_decay),
-        number<T>(h.momentum), number<T>(1 - h.dampening), number<T>(-h.lr),
-        number<T>(h.nesterov), number<T>(item.first)};
+        number<T>(h.factor), number<T>(h.weight_decay), number<T>(h.momentum), number<T>(1 - h.dampening),
+        number<T>(-h.lr), number<T>(h.nesterov), number<T>(item.first)};
     constexpr int slots = Momentum ? 1 : 0;
     Walk<P, S, slots, Stochastic>(item).run(
         begin, end, item, h, [c](T& p, T g, T (&s)[slots + 1]) TC_INLINE_LAMBDA {
-          g = effective_grad(g, c.inverse_scale, c.coef);
+          g = g * c.factor;
           g = c.weight_decay != 0 ? fma<Fma>(p, c.weight_decay, g) : g;                       // (1)
           if constexpr (Momentum) {
             T& b = s[0];
@@ -86,17 +85,14 @@ Status step(
     if (!found) return unsupported;
   }
   SgdHyper hyper;
-  const Status status = options.prepare(hyper.inverse_scale);
+  const Status status = options.prepare(a.maximize, hyper);
   if (status != done) return status;
-
-  hyper.coef = a.maximize ? -options.grad_coef : options.grad_coef;
-  hyper.seed = static_cast<uint64_t>(options.seed.value_or(0));
   hyper.lr = a.lr;
   hyper.momentum = a.momentum;
   hyper.dampening = a.dampening;
   hyper.weight_decay = a.weight_decay;
   hyper.nesterov = a.nesterov;
-  run_all(items, kernels, hyper);
+  run_all(items, kernels, hyper, 32 * 1024);
   return done;
 }
 
