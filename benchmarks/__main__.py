@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import optimizers, report
-from benchmarks.harness import measure, streaming_rate
+from benchmarks.harness import Row, measure
+from benchmarks.memory import available, measure_memory
 
 
 def main() -> int:
@@ -23,18 +24,18 @@ def main() -> int:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    rows = [r for r in optimizers.rows() if not args.names or any(name in r.name for name in args.names)]
+    rows = [*optimizers.rows(), *(optimizers.memory_rows() if available() else ())]
+    rows = [r for r in rows if not args.names or any(name in r.name for name in args.names)]
     rows = [r for r in rows if r.quick or not args.quick]
     if not rows:
         print(f"no row's name contains any of {args.names}", file=sys.stderr)
         return 2
-    rate = streaming_rate(megabytes=128 if args.quick else 512)
-    environment = report.environment(rate)
+    environment = report.environment()
     print(*(f"{k}: {v}" for k, v in environment.items()), sep="\n")
     results = []
     for row in rows:
         print(f"\r\033[K{row.name} against {row.against} ...", end="", file=sys.stderr, flush=True)
-        results.append(measure(row, rate, speedup=6.0 if args.quick else 1.0))
+        results.append(measure(row, 6.0 if args.quick else 1.0) if isinstance(row, Row) else measure_memory(row))
     growth = [] if args.names else optimizers.growth(seconds=0.3 if args.quick else 3.0)
     print("\r\033[K", end="", file=sys.stderr)
     print(report.table(results))

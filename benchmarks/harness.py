@@ -2,10 +2,13 @@
 
 Both sides run in one process, call by call in turn, and the order is swapped every round: blocks of one side after the
 other mislead by up to 1.6 times (page faults, clock changes, neighbours on the machine hit one side only). The ratio is
-median(stock) / median(ours), above 1 if we are faster; its spread is the middle half of the ratios of the rounds.
+the median of the rounds' ratios stock / ours, above 1 if we are faster, its spread their middle half: calls that follow
+one another share the machine's mood, and medians of the two sides alone may fall into different ones.
 Before anything is timed, both sides compute the same from the same start, or the row is an error.
 
-The limit of a row is the time in which its bytes could be moved at the rate of :func:`streaming_rate`.
+The limit of a row is the time in which torch moves the same bytes, in the same proportion of reads and writes, in plain
+streaming loops (:class:`Traffic`); it is a third call in the same rounds, since a shared machine's bandwidth changes by a
+factor of two between minutes.
 """
 
 from __future__ import annotations
@@ -13,13 +16,44 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["Result", "Row", "measure", "streaming_rate"]
+__all__ = ["Result", "Row", "Traffic", "measure"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a call must read and write: ``reads`` and ``writes`` arrays of ``size`` bytes each, reads/2 <= writes <= reads."""
+
+    size: int
+    reads: int
+    writes: int
+
+    @property
+    def moved(self) -> int:
+        """Bytes."""
+        return self.size * (self.reads + self.writes)
+
+    def sweep(self) -> Callable[[], None]:
+        """Return a call that moves this and does nothing else worth mentioning.
+
+        ``a += b`` reads two arrays and writes one, ``a *= c`` reads and writes one: x of the former and y of the latter
+        read 2x + y and write x + y. In place, as an optimizer's step is: each line is read before it is written.
+        """
+        a, b = torch.zeros(2, max(self.size // 4, 1))
+        sums, products = self.reads - self.writes, 2 * self.writes - self.reads
+
+        def run() -> None:
+            for _ in range(sums):
+                a.add_(b)
+            for _ in range(products):
+                a.mul_(1.0)
+
+        return run
 
 
 @dataclass
@@ -30,7 +64,7 @@ class Row:
     name: str
     against: str
     make: Callable[[], tuple[Callable[[], Any], Callable[[], Any], Callable[[], None]]]
-    bytes_moved: int = 0
+    traffic: Traffic | None = None
     target: float | None = None
     group: str = "small"
     seconds: float = 4.0
@@ -39,7 +73,7 @@ class Row:
 
 @dataclass
 class Result:
-    """Times in seconds a call."""
+    """Seconds a call, or bytes. ``reached``: limit / ours; None, as ``limit``, where the memory's bandwidth limits nothing."""
 
     name: str
     against: str
@@ -50,9 +84,10 @@ class Result:
     low: float
     high: float
     rounds: int
-    limit: float
+    limit: float | None = None
+    reached: float | None = None
     target: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    unit: str = "s"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,7 +107,7 @@ def interleaved(
     for call in calls:
         call()
     if repeat is None:  # a sample lasts some 0.2 ms at least, so that the clock's own cost does not show
-        repeat = max(1, int(2e-4 / max(timed(calls[-1], 3), 1e-9)))
+        repeat = max(1, int(2e-4 / max(timed(calls[1], 3), 1e-9)))
     times: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
     gc_was_enabled = gc.isenabled()
@@ -89,39 +124,27 @@ def interleaved(
     return times
 
 
-def measure(row: Row, rate: float, speedup: float = 1.0) -> Result:
+def measure(row: Row, speedup: float = 1.0) -> Result:
     """Measure a row for about row.seconds / speedup."""
     stock, ours, same = row.make()
     same()
-    stock_times, our_times = interleaved([stock, ours], row.seconds / speedup)
-    skip = len(stock_times) // 10  # warm-up: page faults, the caches, lazily made state
-    stock_times, our_times = stock_times[skip:], our_times[skip:]
-    ratios = [s / o for s, o in zip(stock_times, our_times, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    a, b = statistics.median(stock_times), statistics.median(our_times)
+    calls = [stock, ours] + ([row.traffic.sweep()] if row.traffic else [])
+    times = interleaved(calls, row.seconds / speedup)
+    times = [each[len(each) // 10 :] for each in times]  # less the warm-up: page faults, the caches, lazily made state
+    by_round = list(zip(*times, strict=True))
+    low, ratio, high = statistics.quantiles([t[0] / t[1] for t in by_round], n=4)
+    medians = [statistics.median(each) for each in times]
     return Result(
         name=row.name,
         against=row.against,
         group=row.group,
-        stock=a,
-        ours=b,
-        ratio=a / b,
+        stock=medians[0],
+        ours=medians[1],
+        ratio=ratio,
         low=low,
         high=high,
-        rounds=len(ratios),
-        limit=row.bytes_moved / rate if row.bytes_moved else float("nan"),
+        rounds=len(by_round),
+        limit=medians[2] if row.traffic else None,
+        reached=statistics.median(t[2] / t[1] for t in by_round) if row.traffic else None,
         target=row.target,
     )
-
-
-def streaming_rate(megabytes: int = 512, rounds: int = 7) -> float:
-    """Bytes a second that all threads together read and write: the best of a few sweeps of ``a += b`` and ``a *= c``.
-
-    Sums in place, since an optimizer's step is one: nothing is allocated, and each line of a is read before it is
-    written.
-    """
-    a = torch.zeros(megabytes * 2**20 // 4)
-    b = torch.zeros_like(a)
-    n = a.numel() * a.element_size()
-    kernels: Iterable[tuple[Callable[[], Any], int]] = [(lambda: a.add_(b), 3 * n), (lambda: a.mul_(1.0), 2 * n)]
-    return max(moved / min(timed(call, 1) for _ in range(rounds)) for call, moved in kernels)

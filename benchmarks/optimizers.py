@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import torchcalc
-from benchmarks.harness import Row, interleaved
+from benchmarks.harness import Row, Traffic, interleaved
+from benchmarks.memory import MemoryRow
 from benchmarks.models import LARGE, SMALL, Shape, elements, gpt
 
 Step = Callable[[], Any]
@@ -58,8 +59,9 @@ def step_row(
 
         return stock_step, our_step, same
 
-    moved = elements(shapes) * torch.empty((), dtype=dtype).element_size() * (3 + 2 * slots + extra_reads)
-    return Row(name, make=make, bytes_moved=moved, **row)
+    size = elements(shapes) * dtype.itemsize
+    traffic = Traffic(size, reads=2 + slots + extra_reads, writes=1 + slots) if size >= 2**16 else None
+    return Row(name, make=make, traffic=traffic, **row)
 
 
 def optimizer(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[list[Tensor]], Step]:
@@ -168,3 +170,24 @@ def growth(seconds: float) -> list[dict[str, float]]:
         times = [sorted(t)[len(t) // 2] for t in interleaved([stock, ours], seconds)]
         curve.append({"parameters": elements(shapes), "stock": times[0], "ours": times[1]})
     return curve
+
+
+def memory_rows() -> Iterator[MemoryRow]:
+    """Making the optimizer's state and two steps, above the parameters and their gradients."""
+
+    def steps(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[Any], Any]:
+        def run(params: list[Tensor]) -> torch.optim.Optimizer:
+            optimizer = cls(params, **options)
+            for _ in range(2):
+                optimizer.step()
+            return optimizer
+
+        return run
+
+    torch_adamw, adamw = torch.optim.AdamW, torchcalc.optim.AdamW
+    for name, against, stock, ours in (
+        ("AdamW, large: peak memory", "AdamW()", steps(torch_adamw), steps(adamw)),
+        ("AdamW, large: peak memory", "AdamW(foreach=True)", steps(torch_adamw, foreach=True), steps(adamw)),
+        ("AdamW, large: peak memory", "AdamW(fused=True)", steps(torch_adamw, fused=True), steps(adamw)),
+    ):
+        yield MemoryRow(name, against, lambda: parameters(LARGE), stock, ours, target=0.99)

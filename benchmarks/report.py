@@ -13,7 +13,7 @@ import torchcalc
 from benchmarks.harness import Result
 
 
-def environment(rate: float) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     from torchcalc import native
 
     return {
@@ -23,7 +23,6 @@ def environment(rate: float) -> dict[str, Any]:
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "kernels": "loaded" if native.available() else native.why_not(),
-        "streaming rate, GB/s": round(rate / 1e9, 2),
     }
 
 
@@ -37,28 +36,25 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def human(seconds: float) -> str:
-    if seconds != seconds:
-        return "-"
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+def human(x: float, unit: str) -> str:
+    """Return seconds or bytes with three digits and a prefix."""
+    scales = {"s": (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)), "B": (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))}
+    name, scale = next((each for each in scales[unit] if x >= each[1]), scales[unit][-1])
+    return f"{x / scale:.3g} {name}"
 
 
 def table(results: list[Result]) -> str:
-    """Markdown. 'of limit': how much of the bandwidth limit our step reaches; above 100 % where the data fit the
-    cache."""
+    """Markdown. 'of limit': how much of the bandwidth limit our step reaches."""
     lines = [
-        "| step | against | stock | ours | ratio | middle half | target | of limit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| step | against | stock | ours | ratio | middle half | target | limit | of limit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        reached = f"{r.limit / r.ours:.0%}" if r.limit == r.limit else "-"
         target = f">= {r.target:g}" + ("" if r.ratio >= r.target else " (missed)") if r.target else "-"
+        limit, reached = (human(r.limit, r.unit), f"{r.reached:.0%}") if r.limit and r.reached else ("-", "-")
         lines.append(
-            f"| {r.name} | {r.against} | {human(r.stock)} | {human(r.ours)} | {r.ratio:.2f} | "
-            f"{r.low:.2f} - {r.high:.2f} | {target} | {reached} |"
+            f"| {r.name} | {r.against} | {human(r.stock, r.unit)} | {human(r.ours, r.unit)} | {r.ratio:.2f} | "
+            f"{r.low:.2f} - {r.high:.2f} | {target} | {limit} | {reached} |"
         )
     return "\n".join(lines)
 
