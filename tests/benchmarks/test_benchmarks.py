@@ -11,6 +11,15 @@ from benchmarks import harness, memory, optimizers, report
 from benchmarks.harness import Result, Row, Traffic
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine two threads spend most of the time waiting for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -94,12 +103,8 @@ def test_table():
 
 
 def test_command_writes_table_json_and_chart(monkeypatch, tmp_path, capsys):
-    threads = torch.get_num_threads()
     monkeypatch.setattr("sys.argv", ["benchmarks", "10 x 100", "--quick", "--threads=1", f"--out={tmp_path}"])
-    try:
-        assert command.main() == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert command.main() == 0
     data = json.loads((tmp_path / "benchmarks.json").read_text())
     assert [row["name"] for row in data["results"]] == ["AdamW, 10 x 100"]
     assert "| AdamW, 10 x 100 | AdamW(fused=True) |" in capsys.readouterr().out
