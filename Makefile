@@ -5,6 +5,9 @@ RECIPE ?= digits
 ARGS   ?=
 TORCH  ?=
 
+# One process for each core, up to eight: the tests are many and small.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 VENV := .venv$(if $(TORCH),-$(TORCH))
 BIN  := $(VENV)/bin
 PIN  := $(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))
@@ -34,7 +37,7 @@ train: $(VENV)/.installed ## train RECIPE (digits), test it, say where the curve
 test: $(if $(TORCH),,lint) pytest ## ruff, mypy, pytest with doctests; under ten minutes
 
 test-full: test sanitize ## what is slower as well: sanitizers, packaging, the other torch
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 	$(MAKE) test TORCH=$(OTHER_TORCH)
 
 lint: $(VENV)/.installed
@@ -43,7 +46,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 pytest: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # One library of kernels must serve both torches: with TORCH= the tests load what the other torch's headers built.
 sanitize: $(VENV)/.installed ## the kernels' tests under AddressSanitizer and UBSan
