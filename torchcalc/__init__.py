@@ -9,8 +9,8 @@ Every derivative is derived by hand in the file that computes it, and proven by 
 tensor(6.)
 """
 
-from torchcalc import autograd, functional, nn, optim
+from torchcalc import autograd, calculus, convergence, functional, nn, optim
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "autograd", "functional", "nn", "optim"]
+__all__ = ["__version__", "autograd", "calculus", "convergence", "functional", "nn", "optim"]

@@ -1,0 +1,189 @@
+"""Derivatives against closed forms, in every form of x, and what has none."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import torchcalc
+from tests.calculus.operations import SILENT, OnceSquare, RaisingSquare, Square
+from torchcalc.calculus import derivative, directional_derivative, gradient, hessian, hvp, jacobian, partial
+
+FUNCTIONS = {
+    "square": (lambda x: x**2, lambda x: 2 * x, lambda x: torch.full_like(x, 2)),
+    "sin": (torch.sin, torch.cos, lambda x: -torch.sin(x)),
+    "exp": (torch.exp, torch.exp, torch.exp),
+    "own tanh": (
+        torchcalc.functional.tanh,
+        lambda x: 1 / torch.cosh(x) ** 2,
+        lambda x: -2 * torch.tanh(x) / torch.cosh(x) ** 2,
+    ),
+    "Function": (Square.apply, lambda x: 2 * x, lambda x: torch.full_like(x, 2)),
+    "branch": (
+        lambda x: x**3 if x > 0 else -x,
+        lambda x: torch.where(x > 0, 3 * x**2, -1.0),
+        lambda x: 6 * x * (x > 0),
+    ),
+    "constant": (lambda x: torch.ones_like(x), torch.zeros_like, torch.zeros_like),
+    "whole": (lambda x: x.sum(), torch.ones_like, torch.zeros_like),  # of one variable, whatever it calls
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivative(name: str, device: str) -> None:
+    f, first, second = FUNCTIONS[name]
+    for x in (torch.tensor(0.7), torch.tensor([[-1.5, 0.3], [2.0, 0.1]])):
+        x = x.double().to(device)
+        torch.testing.assert_close(derivative(f)(x), first(x))
+        torch.testing.assert_close(derivative(derivative(f))(x), second(x))
+
+
+def test_derivative_of_a_curve() -> None:
+    x = torch.linspace(0, 3, 5, dtype=torch.float64)
+    velocity = derivative(lambda t: torch.stack([t.cos(), t.sin()]))(x)
+    torch.testing.assert_close(velocity, torch.stack([-x.sin(), x.cos()], 1))
+    assert derivative(torch.sin)(torch.zeros(0)).shape == (0,)
+
+
+def test_results_carry_a_graph_only_if_x_does() -> None:
+    x = torch.tensor(0.5, requires_grad=True)
+    for f in (torch.sin, Square.apply):
+        assert not derivative(f)(x.detach()).requires_grad
+        assert not gradient(f)(x.detach()).requires_grad
+    (second,) = torch.autograd.grad(derivative(torch.sin)(x), x)
+    torch.testing.assert_close(second, -torch.sin(x.detach()))
+
+
+def test_partial() -> None:
+    f = lambda x, n, y: x**n * torch.exp(y)  # noqa: E731
+    x, y = torch.tensor(1.3, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+    torch.testing.assert_close(partial(f, 0)(x, 3, y), 3 * x**2 * y.exp())
+    torch.testing.assert_close(partial(f, -1)(x, 3, y), x**3 * y.exp())
+    torch.testing.assert_close(partial(partial(f, 0), 2)(x, 3, y), 3 * x**2 * y.exp())
+    with pytest.raises(IndexError, match="i: 3; f was called with 3 arguments"):
+        partial(f, 3)(x, 3, y)
+
+
+A = torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, -1.0], [0.0, -1.0, 1.0]], dtype=torch.float64)
+B = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+QUADRATICS = {
+    "torch": lambda x: x @ A.to(x) @ x / 2 + B.to(x) @ x,
+    "Function": lambda x: (Square.apply(x) @ A.to(x).diag() + 2 * x[0] * x[1] - 2 * x[1] * x[2]) / 2 + B.to(x) @ x,
+}
+
+
+@pytest.mark.parametrize("name", QUADRATICS)
+def test_quadratic(name: str, device: str) -> None:
+    f, a, b = QUADRATICS[name], A.to(device), B.to(device)
+    x, v = (
+        torch.tensor([0.3, -1.0, 2.0], device=device).double(),
+        torch.tensor([1.0, 2.0, -1.0], device=device).double(),
+    )
+    torch.testing.assert_close(gradient(f)(x), a @ x + b)
+    torch.testing.assert_close(jacobian(f)(x), a @ x + b)
+    torch.testing.assert_close(jacobian(gradient(f))(x), a)
+    torch.testing.assert_close(directional_derivative(f, v)(x), (a @ x + b) @ v)
+    torch.testing.assert_close(hessian(f)(x), a)
+    torch.testing.assert_close(hvp(f, v)(x), a @ v)
+
+
+def test_jacobian_and_directional_derivative_of_vectors() -> None:
+    x, v = torch.tensor([0.5, -2.0]).double(), torch.tensor([3.0, 0.7]).double()
+    a, b = x
+    expected = torch.stack([torch.stack([b, a]), torch.stack([a.cos(), 0 * a]), torch.stack([0 * a, 2 * b])])
+    for square in (torch.square, Square.apply, OnceSquare.apply):
+        f = lambda x: torch.stack([x[0] * x[1], x[0].sin(), square(x[1])])  # noqa: B023, E731
+        torch.testing.assert_close(jacobian(f)(x), expected)
+        torch.testing.assert_close(directional_derivative(f, v)(x), expected @ v)
+
+
+def test_dicts_of_parameters(device: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double().to(device)
+    x, p = torch.randn(5, 3, device=device).double(), {k: w.detach() for k, w in model.named_parameters()}
+    names, sizes = list(p), [w.numel() for w in p.values()]
+
+    def outputs(p: dict[str, torch.Tensor]) -> torch.Tensor:
+        return functional_call(model, p, x)
+
+    def f(p: dict[str, torch.Tensor]) -> torch.Tensor:
+        return outputs(p).square().mean()
+
+    model(x).square().mean().backward()
+    for name, g in gradient(f)(p).items():
+        torch.testing.assert_close(g, model.get_parameter(name).grad)
+    v = {k: torch.randn_like(w) for k, w in p.items()}
+    flat = lambda t: torch.cat([t[k].reshape(-1) for k in names])  # noqa: E731
+    unflat = lambda u: {k: w.reshape(p[k].shape) for k, w in zip(names, u.split(sizes), strict=True)}  # noqa: E731
+    dense = torch.autograd.functional.hessian(lambda u: f(unflat(u)), flat(p))
+    torch.testing.assert_close(flat(hvp(f, v)(p)), dense @ flat(v))
+    blocks = hessian(f)(p)
+    rows = [torch.cat([blocks[i][j].reshape(p[i].numel(), -1) for j in names], 1) for i in names]
+    torch.testing.assert_close(torch.cat(rows), dense)
+    J = jacobian(outputs)(p)
+    assert J["0.weight"].shape == (5, 2, 4, 3)
+    contracted = sum((J[k] * v[k]).reshape(5, 2, -1).sum(-1) for k in names)
+    torch.testing.assert_close(directional_derivative(outputs, v)(p), contracted)
+    assert all(w.grad is not None for w in model.parameters())
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_silently_missing_second_derivative_raises(name: str) -> None:
+    square, x = SILENT[name].apply, torch.tensor([1.0, 2.0])
+    loss = lambda x: square(x).sum()  # noqa: E731
+    inside = lambda x: square(x).square().sum()  # noqa: E731
+    torch.testing.assert_close(gradient(loss)(x), 2 * x)
+    for f in (loss, inside):
+        for second in (hessian(f), hvp(f, torch.ones(2)), jacobian(gradient(f))):
+            with pytest.raises(RuntimeError, match="second derivative"):
+                second(x)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        derivative(derivative(square))(x)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        partial(partial(lambda x, y: square(x) * y, 0), 0)(x[0], x[1])
+
+
+def test_what_refuses_says_why() -> None:
+    x = torch.ones(2)
+    with pytest.raises(RuntimeError, match="no second derivative here"):
+        hvp(lambda x: RaisingSquare.apply(x).sum(), x)(x)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        gradient(lambda x: (x @ torch.ones(3)).sum())(x)
+
+
+def test_forward_mode_that_loses_a_tangent_is_not_believed() -> None:
+    @torch.library.custom_op("torchcalc_tests::triple", mutates_args=())
+    def triple(x: torch.Tensor) -> torch.Tensor:
+        return 3 * x
+
+    triple.register_autograd(lambda ctx, grad: 3 * grad)
+    x = torch.tensor([1.0, 2.0])
+    # torch 2.13's forward mode takes a custom_op for a constant: jvp gives x
+    torch.testing.assert_close(directional_derivative(lambda x: triple(x) + x, x)(x), 4 * x)
+
+
+def test_torch_func_goes_through() -> None:
+    x = torch.randn(4, 3, dtype=torch.float64)
+    f = lambda x: x.sin().prod()  # noqa: E731
+    expected = torch.stack([hessian(f)(row) for row in x])
+    torch.testing.assert_close(torch.func.vmap(hessian(f))(x), expected)
+    torch.testing.assert_close(torch.func.vmap(hvp(f, torch.ones(3).double()))(x), expected.sum(2))
+
+
+REFUSED = {
+    "complex": (lambda: gradient(torch.sum)(torch.ones(2, dtype=torch.complex64)), TypeError, "complex64 is no real"),
+    "integer": (lambda: derivative(torch.square)(torch.tensor(3)), TypeError, "int64 is no real"),
+    "number": (lambda: derivative(math.sin)(1.0), TypeError, "use torch.sin, not math.sin"),
+    "vector": (lambda: gradient(torch.sin)(torch.ones(2)), ValueError, r"shape \(2,\); a gradient needs a scalar"),
+    "v": (lambda: hvp(torch.sum, torch.ones(3))(torch.ones(2)), ValueError, r"v: its shapes are \[\(3,\)\]"),
+    "direction": (lambda: directional_derivative(torch.sin, 1.0)(torch.ones(())), ValueError, "v: its shapes are"),
+    "text": (lambda: derivative(torch.sin)("x"), TypeError, "x: a str"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str) -> None:
+    call, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,232 @@
+"""Curvature: how fast the slope changes. The largest eigenvalue λ of the Hessian of a loss, its sharpness.
+
+    f(x + r·u) = f(x) + r·∇fᵀu + r²/2 · uᵀHu + O(r³)                              (1)
+
+The curvature along u is uᵀHu/uᵀu, a Rayleigh quotient: it lies between the smallest and the largest eigenvalue of H,
+and gradient descent with a step beyond 2/λ overshoots along that eigenvector more every time.
+
+Lanczos.  Orthonormal v₁ … v_k that span the Krylov space of v₁ make H a small matrix T = VᵀHV, and
+
+    H·v_k = Σᵢ vᵢ·Tᵢₖ + β·v_{k+1},    Tᵢₖ = vᵢᵀHv_k                               (2)
+    HV = VT + β·v_{k+1}·e_kᵀ                                                      (3)
+
+where (2) says what v_{k+1} is, and exact arithmetic makes T tridiagonal. In floating point V loses its orthogonality
+just when an eigenvalue converges, and copies of the eigenvalue appear; so every new vector is orthogonalised against
+all the others, twice. An eigenpair Ts = θs gives y = Vs with, by (3),
+
+    Hy − θy = β·s_k·v_{k+1},    ‖Hy − θy‖ = |β·s_k| =: residual                   (4)
+
+and H, being symmetric, has an eigenvalue within one residual of θ. When the basis is full, the best Ritz vectors Vs
+and v_{k+1} are a new basis in which (3) still holds with T = diag(θ): a thick restart bounds the memory.
+
+A start from the last eigenvector needs few products: too few, because an eigenvector that has been overtaken by another
+is still an eigenvector, and would be found again for ever. So the start has noise mixed in, and at least six products
+are made: all but one of them are then a Krylov space of the noise, in which what has overtaken stands out.
+
+Metric.  With a step P⁻¹∇f (P > 0 diagonal, as of Adam) let z = P^½x; then z takes plain gradient steps, and its Hessian is
+P^-½·H·P^-½.                                                                      (5)
+
+References: Lanczos 1950, doi:10.6028/jres.045.026; Wu, Simon 2000, doi:10.1137/S0895479898334605 (thick restart);
+Cohen et al. 2021, arXiv:2103.00065 (sharpness and the edge of stability).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchcalc.calculus.hessian_product import HessianProduct, Tensors
+from torchcalc.calculus.training_loss import TrainingLoss, training_loss
+
+__all__ = ["Curvature", "TrainingLoss", "curvature", "curvature_along", "training_loss"]
+
+BASIS = 24  # vectors kept; after a restart half of them
+NOISE = 0.1  # mixed into a warm start
+FEWEST = 6  # products, unless the residual vanishes
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The largest eigenvalue of a Hessian, and how well it is known.
+
+    Attributes:
+        value: λ; nan where a Hessian-vector product was not finite.
+        vector: its eigenvector, of norm 1, a tensor or dict like the point; with a metric that of P^-½·H·P^-½.
+        residual: ‖Hu − λu‖: an eigenvalue lies within this distance of ``value``.
+        products: Hessian-vector products spent.
+        converged: whether the residual is as small as asked for.
+        method: "exact" second derivatives, or "differences" of gradients.
+        reason: why differences; else empty.
+    """
+
+    value: float
+    vector: Any
+    residual: float
+    products: int
+    converged: bool
+    method: Literal["exact", "differences"]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        done = "" if self.converged else ", not converged"
+        how = "exact" if self.method == "exact" else f"by differences of gradients: {self.reason}"
+        return f"λ = {self.value:.6g} ± {self.residual:.2g} ({self.products} Hessian-vector products{done}, {how})"
+
+
+def curvature(
+    f: Callable[[Any], Tensor],
+    at: Tensors,
+    *,
+    metric: Tensors | None = None,
+    start: Tensors | None = None,
+    tolerance: float = 1e-3,
+    max_products: int = 100,
+    generator: torch.Generator | None = None,
+) -> Curvature:
+    """The largest (algebraic) eigenvalue of the Hessian of f, and its eigenvector, by Lanczos; the Hessian is never formed.
+
+    The price is that of about two gradients for each product, and memory for 24 vectors like ``at``.
+
+    Args:
+        f: from a tensor, or a dict of tensors, to a real scalar tensor, such as a :func:`training_loss`.
+        at: the point; real float tensors.
+        metric: P, like ``at`` and positive: eigenvalues of P^-½·H·P^-½ instead (5).
+        start: where to begin, like ``at``: the ``.vector`` of the last time; otherwise at random.
+        tolerance: the residual, relative to λ, at which to stop, > 0.
+        max_products: or after so many Hessian-vector products, >= 1.
+        generator: of the random start (on any device); by default one of its own, the same at every call.
+
+    Returns:
+        :class:`Curvature`. Where an operation in f has no second derivative, products are central differences of
+        gradients; ``.method`` and a warning say so.
+
+    Raises:
+        ValueError: f returns no scalar or does not depend on ``at``; metric or start not like ``at``; metric not
+            positive; tolerance or max_products out of range.
+        TypeError: ``at`` is not of a real float dtype.
+
+    Reference: Lanczos 1950, doi:10.6028/jres.045.026.
+
+    >>> found = curvature(lambda x: x[0] ** 2 + 10 * x[1] ** 2, torch.tensor([3.0, 1.0]))  # H = diag(2, 20)
+    >>> round(found.value, 3), found.vector.abs().round(decimals=3)
+    (20.0, tensor([0., 1.]))
+    """
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance: {tolerance}; it must be in (0, 1)")
+    if max_products < 1:
+        raise ValueError(f"max_products: {max_products}; it must be at least 1")
+    hessian = HessianProduct(f, at)
+    scale = None
+    if metric is not None:
+        scale = hessian.flat(metric, "metric")
+        if not bool((scale > 0).all() and scale.isfinite().all()):
+            raise ValueError(f"metric: its smallest element is {float(scale.min())}; all must be positive and finite")
+        scale = scale.rsqrt()
+
+    def product(v: Tensor) -> Tensor:
+        return hessian(v) if scale is None else scale * hessian(scale * v)  # (5)
+
+    first = _start(hessian, start, generator)
+    pair = _lanczos(product, first, tolerance, max_products)
+    _warn(hessian)
+    vector = hessian.like(pair.vector if start is None or pair.vector @ first >= 0 else -pair.vector)
+    return Curvature(pair.value, vector, pair.residual, pair.products, pair.converged, hessian.method, hessian.reason)
+
+
+def curvature_along(f: Callable[[Any], Tensor], at: Tensors, direction: Tensors) -> float:
+    """The curvature of f along a direction, vᵀHv/vᵀv, from one Hessian-vector product.
+
+    Args:
+        f: from a tensor, or a dict of tensors, to a real scalar tensor.
+        at: the point; real float tensors.
+        direction: v, like ``at`` and not zero; its length does not matter.
+
+    Raises:
+        ValueError: as :func:`curvature`; or direction is zero or not finite.
+
+    A warning says where differences of gradients stood in for second derivatives.
+
+    >>> x = torch.tensor([3.0, 1.0])
+    >>> curvature_along(lambda x: x[0] ** 2 + 10 * x[1] ** 2, x, torch.tensor([1.0, 1.0]))  # (2 + 20)/2
+    11.0
+    """
+    hessian = HessianProduct(f, at)
+    v = hessian.flat(direction, "direction")
+    norm = v.norm()
+    if not 0 < norm < math.inf:
+        raise ValueError(f"direction: its norm is {float(norm)}; it must be positive and finite")
+    along = float(v.double() @ hessian(v).double()) / float(v.double() @ v.double())
+    _warn(hessian)
+    return along
+
+
+def _warn(hessian: HessianProduct) -> None:
+    if hessian.method == "differences":
+        warnings.warn(f"the Hessian is taken by differences of gradients: {hessian.reason}", stacklevel=3)
+
+
+def _start(hessian: HessianProduct, start: Tensors | None, generator: torch.Generator | None) -> Tensor:
+    """A unit vector: the one given, with some noise in it, or noise alone."""
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    noise = torch.randn(hessian.size, generator=generator, dtype=hessian.dtype, device=generator.device)
+    noise = noise.to(hessian.device)
+    noise /= noise.norm()
+    if start is None:
+        return noise
+    v = hessian.flat(start, "start")
+    norm = v.norm()
+    if not 0 < norm < math.inf:
+        raise ValueError(f"start: its norm is {float(norm)}; it must be positive and finite, or None")
+    v = v / norm + NOISE * noise
+    return v / v.norm()
+
+
+class _Ritz(NamedTuple):
+    value: float
+    vector: Tensor
+    residual: float
+    products: int
+    converged: bool
+
+
+def _lanczos(product: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, max_products: int) -> _Ritz:
+    """The largest eigenpair, from the unit vector v; with full reorthogonalisation and thick restarts."""
+    n, eps = v.numel(), torch.finfo(v.dtype).eps
+    size = min(BASIS, n, max_products)
+    V = v.new_empty(size, n)
+    T = torch.zeros(size, size, dtype=torch.float64)
+    k = 0
+    for products in range(1, max_products + 1):
+        V[k] = v
+        basis = V[: k + 1]
+        w = product(v)
+        if not bool(w.isfinite().all()):
+            return _Ritz(math.nan, v, math.nan, products, False)
+        c = basis @ w
+        w = w - c @ basis
+        again = basis @ w  # what rounding has left of it
+        w = w - again @ basis
+        T[k, : k + 1] = T[: k + 1, k] = (c + again).double().cpu()  # (2)
+        beta = float(w.norm())
+        theta, s = torch.linalg.eigh(T[: k + 1, : k + 1])
+        value, residual = float(theta[-1]), beta * abs(float(s[-1, -1]))  # (4)
+        rounding = 10 * eps * float(theta.abs().max())
+        small = residual <= tolerance * abs(value) and products >= FEWEST
+        converged = small or residual <= rounding or k + 1 == n
+        if converged or products == max_products:
+            break
+        v = w / beta
+        k += 1
+        if k == size:  # thick restart
+            k = size // 2
+            V[:k] = s[:, -k:].T.to(V) @ V
+            T = T.new_zeros(size, size)
+            T[:k, :k] = theta[-k:].diag()
+    y = s[:, -1].to(V) @ V[: s.shape[0]]
+    return _Ritz(value, y / y.norm(), residual, products, converged)

@@ -1,0 +1,225 @@
+"""The derivative as the limit that it is: secant slopes, and what can be had from them in floating point.
+
+The slope of the secant through x and x + h is, by Taylor's theorem,
+
+    (f(x + h) − f(x))/h = f' + h/2·f'' + O(h²),                                   (1)
+
+plus what rounding contributes, about ε·|f|/h: it tends to f' as h shrinks, until h is about √ε, and then away again.
+Central differences lose every odd term, for the error of f(x + h) at +h is that of f(x − h) with the other sign:
+
+    D(h) = (f(x + h) − f(x − h))/2h = f' + c₂h² + c₄h⁴ + …                        (2)
+
+Richardson.  D(h/2) has the same series with c₂/4, c₄/16, …, so
+
+    D₁(h/2) = D(h/2) + (D(h/2) − D(h))/(4 − 1)       has no h² term, and again    (3)
+    Dⱼ(h/2) = Dⱼ₋₁(h/2) + (Dⱼ₋₁(h/2) − Dⱼ₋₁(h))/(4ʲ − 1)    has none up to h²ʲ.   (3')
+
+Ridders.  Every entry is compared with the two that it was made of. What they differ by is about the error of the worse
+of the two, so it bounds that of the entry while (2) holds; h small makes it rounding, h large truncation. The entry of
+the smallest error is returned:
+
+    error = max(|Dⱼ(h) − Dⱼ₋₁(h)|, |Dⱼ(h) − Dⱼ₋₁(2h)|, C) + e/h.                   (4)
+
+C guards against a limit that is none: far apart, the slopes of sin all are near 0, and agree. A value that is f' must
+agree with the shorter secants, as far as these are exact themselves: C is the most by which |Dⱼ(h) − D₁(h')| exceeds
+|D₁(h') − D(h')| + 4e/h' for h' < h. And e is the rounding error of f: ε·max|f|, or more, if the last three D₁, where h is
+so small that nothing else is left, scatter more: then e is the largest |D₁(h) − D₁(2h)|·h of them.
+
+Kinks.  The one-sided slopes differ by G(h) = (f(x + h) − 2f(x) + f(x − h))/h = h·f'' + O(h³). If 2G(h/2) − G(h) does not
+vanish, x is a kink, as of |x| at 0: any slope between the two is as good, and the error is at least half the gap.  (5)
+
+Reference: Ridders 1982, doi:10.1016/S0141-1195(82)80057-0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["NumericDerivative", "Secant", "SecantTable", "numeric_derivative", "secant_table"]
+
+LARGEST = 0.25  # h, relative to max(|x|, 1); the smallest is √ε, or 16 units in the last place of x
+SCATTER = 3  # shortest secants whose scatter is the rounding error of f
+COLUMNS = 6  # of the tableau; more of them only add rounding
+
+
+@dataclass(frozen=True)
+class NumericDerivative:
+    """A derivative by differences.
+
+    Attributes:
+        value: f'(x); nan where f was not finite on both sides of x.
+        error: an estimate of |value − f'(x)|; inf where value is nan.
+        step: the h of the smallest difference that value was made of.
+        evaluations: calls of f.
+    """
+
+    value: Tensor
+    error: Tensor
+    step: Tensor
+    evaluations: int
+
+    def __str__(self) -> str:
+        if self.value.numel() == 1:
+            return f"{self.value.item():.12g} ± {self.error.item():.1g}"
+        return f"{self.value} ± {self.error}"
+
+
+def numeric_derivative(f: Callable[[Any], Any], x: Tensor | float) -> NumericDerivative:
+    """The derivative of a function of one real variable, from its values alone, with an estimate of the error.
+
+    Args:
+        f: takes a 0-d float64 tensor and returns a tensor of any shape, or a number; called about 50 times for each
+            element of x. It need not be differentiable by torch; where it raises ValueError, RuntimeError or an
+            arithmetic error (outside its domain) it counts as nan. One that computes in float32 gets fewer digits.
+        x: float tensor, f' is taken at every element of it, or a number.
+
+    Returns:
+        :class:`NumericDerivative`, tensors of the shape of x followed by that of what f returns.
+
+    Raises:
+        TypeError: x is not real and float. ValueError: x is empty or not finite, or f raises or is not a real number at x.
+
+    Reference: Ridders 1982, doi:10.1016/S0141-1195(82)80057-0.
+
+    >>> found = numeric_derivative(torch.exp, 0.0)
+    >>> round(found.value.item(), 12), found.error.item() < 1e-12
+    (1.0, True)
+    """
+    if isinstance(x, Tensor) and not x.is_floating_point():
+        raise TypeError(f"x: {x.dtype} is no real variable; pass a float tensor")
+    x = x.detach().double() if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
+    if not x.numel() or not bool(x.isfinite().all()):
+        raise ValueError(f"x: {x.tolist() if x.numel() <= 8 else 'it'} must be finite, and at least one element")
+    found = [_at(f, t) for t in x.reshape(-1)]
+    *parts, evaluations = zip(*found, strict=True)
+    value, error, step = (torch.stack(part).reshape(x.shape + part[0].shape) for part in parts)
+    return NumericDerivative(value, error, step, sum(evaluations))
+
+
+def _at(f: Callable[[Any], Any], x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(value, error, step, evaluations) at one x."""
+    with torch.no_grad():
+        center = _value(f(x), x)
+        eps = torch.finfo(center.dtype).eps
+        size, ulp = abs(float(x)), torch.finfo(x.dtype).eps * abs(float(x))
+        largest, least = LARGEST * max(size, 1.0), max(eps**0.5, 16 * ulp)
+        count = round(math.log2(largest / least)) + 1
+        hs = [(x + largest * 2.0**-k) - x for k in range(count)]  # as they are in floating point
+        ups, downs = ([_try(f, x + sign * h, center) for h in hs] for sign in (1, -1))
+    rows: list[list[Tensor]] = []
+    for h, up, down in zip(hs, ups, downs, strict=True):
+        row = [(up - down) / (2 * h)]  # (2)
+        for j, coarse in enumerate(rows[-1][:COLUMNS] if rows else [], 1):
+            row.append(row[-1] + (row[-1] - coarse) / (4**j - 1))  # (3')
+        rows.append(row)
+    d0, d1 = torch.stack([row[0] for row in rows]), torch.stack([row[min(1, len(row) - 1)] for row in rows])
+    column = torch.stack(hs).reshape(-1, *[1] * center.dim())
+    e = ((d1[-SCATTER:] - d1[-SCATTER - 1 : -1]).abs() * column[-SCATTER:]).nan_to_num(0).amax(0)
+    sizes = torch.maximum(torch.stack(ups).abs(), torch.stack(downs).abs())
+    noise = torch.maximum(e, eps * sizes) / column
+    trusted = (d1 - d0).abs() + 4 * noise
+    value, error, step = (torch.full_like(center, v) for v in (math.nan, math.inf, math.nan))
+    for i in range(1, count):
+        for j in range(1, len(rows[i])):
+            entry = rows[i][j]
+            worst = torch.maximum((entry - rows[i][j - 1]).abs(), (entry - rows[i - 1][j - 1]).abs())
+            if i + 1 < count:
+                worst = torch.maximum(worst, ((entry - d1[i + 1 :]).abs() - trusted[i + 1 :]).amax(0))  # C
+            candidate = worst + noise[i]  # (4)
+            better = candidate < error  # never where it is nan
+            value, error = torch.where(better, entry, value), torch.where(better, candidate, error)
+            step = torch.where(better, hs[i], step)
+    gaps = [(u - 2 * center + d) / h for h, u, d in zip(hs[-2:], ups[-2:], downs[-2:], strict=True)]
+    gap = (2 * gaps[1] - gaps[0]).abs()
+    kink = gap > 16 * eps * center.abs() / hs[-1] + 1e-3 * gaps[1].abs()
+    error = torch.where(kink, torch.maximum(error, gap / 2), error)  # (5)
+    return value, error, step, 1 + 2 * len(hs)
+
+
+def _value(y: Any, x: Tensor) -> Tensor:
+    y = y.detach() if isinstance(y, Tensor) else torch.as_tensor(y, dtype=x.dtype, device=x.device)
+    if not y.is_floating_point():
+        raise ValueError(f"f returned {y.dtype}; a derivative needs real float values")
+    return y
+
+
+def _try(f: Callable[[Any], Any], x: Tensor, like: Tensor) -> Tensor:
+    try:
+        return _value(f(x), x)
+    except (ArithmeticError, RuntimeError, ValueError):
+        return torch.full_like(like, torch.nan)
+
+
+class Secant(NamedTuple):
+    """One row of a :class:`SecantTable`: the secant through x and x + h."""
+
+    h: float
+    x: float  #: x + h
+    y: float  #: f(x + h)
+    slope: float  #: (f(x + h) − f(x))/h
+
+
+@dataclass(frozen=True)
+class SecantTable:
+    """Secant slopes of f at x as h shrinks; ``print`` shows the table.
+
+    Attributes:
+        x: where.
+        y: f(x).
+        rows: :class:`Secant` for each h.
+    """
+
+    x: float
+    y: float
+    rows: tuple[Secant, ...]
+
+    def __str__(self) -> str:
+        rows = [(f"{h:.6g}", f"{x:.13g}", f"{y:.13g}", f"{slope:.10g}") for h, x, y, slope in self.rows]
+        cells = [("h", "x + h", "f(x + h)", "slope"), *rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+        return "\n".join([f"f({self.x:.10g}) = {self.y:.10g}", *lines])
+
+
+def secant_table(
+    f: Callable[[Any], Any],
+    x: float,
+    steps: Sequence[float] = (1, 0.1, 0.01, 1e-3, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12, 1e-14),
+) -> SecantTable:
+    """The slope of the secant from x to x + h, for each h: the limit (1), and where rounding ends it.
+
+    Args:
+        f: takes a 0-d float64 tensor and returns a number or a tensor of one element.
+        x: a number, taken as float64.
+        steps: h, not 0; negative ones come from the left.
+
+    Raises:
+        ValueError: a step is 0 or too small to change x.
+
+    >>> print(secant_table(lambda x: x**2, 3.0, steps=(1, 0.1, 0.01, 1e-6, 1e-12)))
+    f(3) = 9
+        h           x + h        f(x + h)        slope
+        1               4              16            7
+      0.1             3.1            9.61          6.1
+     0.01            3.01          9.0601         6.01
+    1e-06        3.000001  9.000006000001  6.000001001
+    1e-12  3.000000000001  9.000000000006  6.000533403
+    """
+    at = torch.tensor(float(x), dtype=torch.float64)
+    with torch.no_grad():
+        y = float(f(at))
+        rows = []
+        for h in steps:
+            if h == 0 or x + h == x:
+                raise ValueError(
+                    f"steps: {h} does not change x = {x}; the smallest that does is about {abs(x) * 1.2e-16:.0e}"
+                )
+            z = float(f(at + h))
+            rows.append(Secant(float(h), float(x) + h, z, (z - y) / h))
+    return SecantTable(float(x), y, tuple(rows))
