@@ -1,0 +1,303 @@
+"""Which learning rate?  Raise it at every step, from far too small to far too large, and look where the loss falls fastest.
+
+The rates are even in s = log₁₀ η, so the slope that matters is dL/ds. It has to be taken through noise, whose standard
+deviation σ second differences tell, as what is smooth has small ones:
+
+    σ² = median((L_{i-1} − 2L_i + L_{i+1})²) / (0.455·6)        (0.455: the median of χ² with one degree of freedom)   (1)
+
+A straight line fitted to the losses around s with Gaussian weights wᵢ of width h has the slope
+
+    b(s) = Σ wᵢ(sᵢ − s̄)Lᵢ / Σ wᵢ(sᵢ − s̄)²,     s̄ = Σ wᵢsᵢ / Σ wᵢ,                                                    (2)
+    SE(b)² = σ²·Σ wᵢ²(sᵢ − s̄)² / (Σ wᵢ(sᵢ − s̄)²)².                                                                   (3)
+
+A wide window averages noise away, and blurs the curve: h is the least of several widths at which the steepest fall
+stands out from its own error. The suggestion is the rate where b is least, before the loss explodes; the interval is
+the rates around it at which the fall is at least half as steep.
+
+Reference: Smith 2015, arXiv:1506.01186; local regression: Cleveland 1979, doi:10.2307/2286407.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchcalc.calculus.training_loss import Batch, held_batches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["RangeTest", "range_test", "suggest"]
+
+WIDTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # h in decades, from sharp to blurred
+STANDS_OUT = 10.0  # standard errors: where noise grows with the loss, (1) is too small by half in places
+DOUBT = 2.0  # standard errors by which each slope is taken to be less steep than it seems: at the ends they are large
+CHANCE = 4.0  # standard errors of the steepest fall, which of so many slopes is steep by chance alone
+EXPLODES = 0.1  # of the largest fall, by which the loss has risen again where it is no longer stable
+STOP = 4.0  # times the first loss, in distance from it: the rest of the range can only be worse
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """A range test's curve, and what it says.
+
+    Attributes:
+        lrs: float64 (n,), the rates tried.
+        losses: float64 (n,), the loss after the step with each of them; nan beyond an explosion.
+        smooth: float64 (n,), the losses smoothed by (2); nan beyond an explosion.
+        suggestion: the rate where the smoothed loss falls fastest; nan if it falls nowhere.
+        interval: the rates around it where it falls at least half as fast.
+        largest_stable: the largest rate before the loss rises again; nan if it falls nowhere.
+    """
+
+    lrs: Tensor
+    losses: Tensor
+    smooth: Tensor
+    suggestion: float
+    interval: tuple[float, float]
+    largest_stable: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.suggestion):
+            return f"range test: no rate from {float(self.lrs[0]):.2g} to {float(self.lrs[-1]):.2g} lowers the loss"
+        low, high = self.interval
+        return (
+            f"range test: lr = {self.suggestion:.2g} (from {low:.2g} to {high:.2g} the loss falls at least half as fast; "
+            f"beyond {self.largest_stable:.2g} it rises)"
+        )
+
+    def figure(self) -> Figure:
+        """The curve, the suggestion with its interval, and where stability ends; needs matplotlib."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("figures need matplotlib: pip install 'torchcalc[recipes]'") from error
+        figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+        ax = figure.subplots()
+        ax.plot(self.lrs, self.losses, ".", color="#999999", markersize=4, label="loss after the step")
+        ax.plot(self.lrs, self.smooth, color="#0072B2", label="smoothed")
+        if not math.isnan(self.suggestion):
+            ax.axvspan(*self.interval, color="#009E73", alpha=0.15, label="falls at least half as fast")
+            ax.axvline(self.suggestion, color="#009E73", label=f"suggestion {self.suggestion:.2g}")
+            ax.axvline(
+                self.largest_stable, color="#D55E00", linestyle="--", label=f"stable up to {self.largest_stable:.2g}"
+            )
+        seen = self.smooth[self.smooth.isfinite()]
+        if seen.numel():
+            low, high = float(seen.min()), max(float(seen[0]), float(seen.median()))
+            room = max(high - low, 1e-12)
+            ax.set_ylim(low - 0.15 * room, high + 0.35 * room)
+        ax.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Range test")
+        ax.legend(fontsize=8, frameon=False)
+        return figure
+
+
+def suggest(lrs: Sequence[float] | Tensor, losses: Sequence[float] | Tensor) -> RangeTest:
+    """What a curve of losses against learning rates says.
+
+    Args:
+        lrs: (n,), n >= 5, positive and rising, about evenly in their logarithm.
+        losses: (n,), the loss after a step with each; what follows the first that is not finite does not count.
+
+    Raises:
+        ValueError: lengths that differ or are below 5; rates that are not positive and rising.
+
+    >>> lrs = torch.logspace(-5, 1, 100)
+    >>> losses = 2 - 1.5 * torch.sigmoid(6 * (lrs.log10() + 2)) + (lrs > 1) * lrs  # steepest at 10⁻²
+    >>> 0.008 < suggest(lrs, losses).suggestion < 0.012
+    True
+    """
+    lr, loss = (torch.as_tensor(x, dtype=torch.float64).detach().cpu().flatten() for x in (lrs, losses))
+    if lr.numel() != loss.numel() or lr.numel() < 5:
+        raise ValueError(f"lrs, losses: lengths {lr.numel()} and {loss.numel()}; both must be the same, at least 5")
+    if not (bool((lr > 0).all()) and bool((lr.diff() > 0).all())):
+        raise ValueError("lrs: they must be positive and rise from each to the next")
+    loss = loss.clone()
+    broken = (~loss.isfinite()).nonzero()
+    n = int(broken[0]) if broken.numel() else loss.numel()
+    loss[n:] = math.nan
+    nothing = RangeTest(lr, loss, torch.full_like(loss, math.nan), math.nan, (math.nan, math.nan), math.nan)
+    if n < 5:
+        return nothing
+    s, y = lr[:n].log10(), loss[:n]
+    y = y.clamp(max=float(y[0]) + 2 * float(y[0] - y.min()) + 1e-12)  # the height of an explosion says nothing
+    curvature = y[:-2] - 2 * y[1:-1] + y[2:]
+    sigma = math.sqrt(float(curvature.square().median()) / (0.455 * 6))  # (1)
+    for h in WIDTHS:
+        level, slope, error = _local_lines(s, y, h, sigma)
+        end = _explosion(level)
+        doubtful = slope + DOUBT * error
+        doubtful[: min(int((s < s[0] + h).sum()), end)] = math.inf  # a line that looks one way only
+        steepest = int(doubtful[: end + 1].argmin())
+        if -slope[steepest] > STANDS_OUT * error[steepest]:
+            break
+    smooth = torch.full_like(loss, math.nan)
+    smooth[:n] = level
+    fall = -slope[: end + 1]
+    if not -slope[steepest] > max(CHANCE * float(error[steepest]), 1e-12 * float(y.abs().max())):
+        return RangeTest(lr, loss, smooth, math.nan, (math.nan, math.nan), math.nan)
+    low = high = steepest
+    while low > 0 and fall[low - 1] >= fall[steepest] / 2:
+        low -= 1
+    while high < end and fall[high + 1] >= fall[steepest] / 2:
+        high += 1
+    return RangeTest(lr, loss, smooth, float(lr[steepest]), (float(lr[low]), float(lr[high])), float(lr[end]))
+
+
+def _local_lines(s: Tensor, y: Tensor, h: float, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Level, slope and the slope's standard error of lines fitted around each s."""
+    w = torch.exp(-0.5 * ((s[None, :] - s[:, None]) / h) ** 2)
+    w = w / w.sum(1, keepdim=True)
+    centred = s[None, :] - w @ s[:, None]
+    spread = (w * centred**2).sum(1)
+    slope = (w * centred) @ y / spread  # (2)
+    error = sigma * (w * centred).square().sum(1).sqrt() / spread  # (3)
+    level = w @ y + slope * (s - w @ s)
+    return level, slope, error
+
+
+def _explosion(level: Tensor) -> int:
+    """Where a curve begins to rise for good, by a part of what it fell; momentum makes it ring before. Else its last place."""
+    low = level <= level.min() + EXPLODES * (level[0] - level.min()).clamp(min=1e-12)
+    end = int(low.nonzero()[-1])
+    if end < level.numel() - 1:
+        while end > 1 and level[end - 1] < level[end]:
+            end -= 1
+    return max(end, 1)
+
+
+def range_test(
+    model: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    batches: Batch | Iterable[Batch],
+    optimizer: Optimizer,
+    *,
+    low: float = 1e-7,
+    high: float = 10.0,
+    steps: int = 100,
+) -> RangeTest:
+    """Train a few steps at rising learning rates, then put everything back; tell which rate to train with.
+
+    Step i takes batch i mod n at the rate low·(high/low)^(i/(steps − 1)). The loss after it is that of the next batch,
+    less that batch's loss at the start, plus the mean of all batches' at the start: batches are of different difficulty.
+    The test ends early where the loss explodes. Afterwards parameters, buffers, gradients, the optimizer with its state
+    and rates, training mode and random number generators are as they were, to the bit, also after an error.
+
+    Args:
+        model: in the mode in which it will be trained; on the device on which it is.
+        loss: ``loss(output, target)``, a scalar tensor.
+        batches: one ``(x, y)`` or an iterable of them, held and moved to the model's device; x may be a tuple of arguments.
+        optimizer: any whose ``step`` needs no closure, holding the model's parameters. Of several groups, rates are
+            those of the group with the largest lr, and the ratios between them are kept.
+        low, high: the range of rates, 0 < low < high.
+        steps: rates to try, >= 5. Momentum wants more of them: the rate should not change much in 1/(1 − μ) steps.
+
+    Raises:
+        ValueError: an argument out of range; no batch; the optimizer holds none of the model's trainable parameters; the loss
+            is not finite before the first step.
+
+    Reference: Smith 2015, arXiv:1506.01186.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Linear(2, 1)
+    >>> x = torch.randn(64, 2)
+    >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> found = range_test(model, nn.functional.mse_loss, (x, x.sum(1, keepdim=True)), sgd)
+    >>> 0.01 < found.suggestion < 0.1 < found.largest_stable < 10
+    True
+    """
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"low={low}, high={high}: they must be 0 < low < high, finite")
+    if steps < 5:
+        raise ValueError(f"steps: {steps}; it must be at least 5")
+    trained = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    of_model = [p for p in model.parameters() if p in trained]
+    if not of_model:
+        raise ValueError(
+            "optimizer: it holds none of the model's trainable parameters; make it from model.parameters()"
+        )
+    held = held_batches(batches, of_model[0].device)
+    lrs = torch.logspace(math.log10(low), math.log10(high), steps, dtype=torch.float64)
+    losses = torch.full_like(lrs, math.nan)
+
+    def evaluate(i: int) -> Tensor:
+        x, y = held[i % len(held)]
+        return loss(model(*x) if isinstance(x, tuple) else model(x), y)
+
+    with _everything_restored(model, optimizer), torch.enable_grad():
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        ratios = [rate / max(rates) if max(rates) > 0 else 1.0 for rate in rates]
+        with torch.no_grad():
+            starts = [float(evaluate(i)) for i in range(len(held))]
+        mean = sum(starts) / len(starts)
+        if not math.isfinite(mean):
+            raise ValueError(f"loss: it is {mean} before the first step; mend the model or the batches first")
+        now = evaluate(0)
+        for i, lr in enumerate(lrs.tolist()):
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].detach().fill_(lr * ratio)
+                else:
+                    group["lr"] = lr * ratio
+            optimizer.zero_grad()
+            now.backward()
+            optimizer.step()
+            now = evaluate(i + 1)
+            losses[i] = float(now.detach()) - starts[(i + 1) % len(held)] + mean
+            if not losses[i] - mean <= STOP * abs(mean):
+                losses[i:] = math.nan
+                break
+    return suggest(lrs, losses)
+
+
+@contextmanager
+def _everything_restored(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Put a model, an optimizer and the random number generators back as they were, in the same objects."""
+    parameters = {*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])}
+    tensors = {t: t.detach().clone() for t in (*parameters, *model.buffers())}
+    grads = {p: p.grad for p in parameters}
+    modes = {module: module.training for module in model.modules()}
+    buffers = {module: dict(module._buffers) for module in model.modules()}
+    attributes = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
+    groups = [dict(group) for group in optimizer.param_groups]
+    states = {key: dict(state) for key, state in optimizer.state.items()}
+    for values in (*groups, *states.values()):
+        tensors.update({v: v.detach().clone() for k, v in values.items() if isinstance(v, Tensor)})
+    others = {
+        key: {k: copy.deepcopy(v) for k, v in state.items() if not isinstance(v, Tensor)}
+        for key, state in states.items()
+    }
+    devices = sorted({t.device.index or 0 for t in parameters if t.is_cuda})
+    try:
+        for p in parameters:
+            p.grad = None  # the caller's gradients must not be accumulated into
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in tensors.items():
+                tensor.copy_(value)
+        for p, grad in grads.items():
+            p.grad = grad
+        for module, mode in modes.items():
+            module.training = mode
+            module._buffers.update(buffers[module])
+        for name in vars(optimizer).keys() - attributes.keys() - {"state", "param_groups"}:
+            delattr(optimizer, name)
+        vars(optimizer).update(attributes)
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)
+        for key in [key for key in optimizer.state if key not in states]:
+            del optimizer.state[key]
+        for key, state in states.items():
+            optimizer.state[key].clear()
+            optimizer.state[key].update({**state, **others[key]})
