@@ -1,0 +1,238 @@
+"""Sharpness and its threshold against dense Hessians; nothing of the training is touched."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import nn
+from torchmetrics import MeanMetric
+
+import torchcalc
+from tests.instruments.conftest import Regression, batches, fit, group, read
+from tests.instruments.test_gradient_flow import TwoOptimizers
+from torchcalc.calculus import training_loss
+from torchcalc.instruments import Sharpness, sharpness
+from torchcalc.instruments.objective import Objective, batch_of
+from torchcalc.instruments.sharpness import largest_stable
+
+ACCURATE = dict(budget=None, examples=None, tolerance=1e-4, max_products=100)
+
+
+def dense(module, optimizer):
+    """The largest eigenvalue of P^-1/2·H·P^-1/2 on the first batch, in float64."""
+    x, y = (t.double() for t in batches()[0])
+    parameters = {name: p.detach().double() for name, p in module.net.named_parameters()}
+    sizes = [p.numel() for p in parameters.values()]
+
+    def f(flat):
+        pieces = {k: v.view(p.shape) for (k, p), v in zip(parameters.items(), flat.split(sizes), strict=True)}
+        return nn.functional.mse_loss(torch.func.functional_call(module.net, pieces, x), y)
+
+    hessian = torch.func.hessian(f)(torch.cat([p.flatten() for p in parameters.values()]))
+    scale = torch.ones(sum(sizes), dtype=torch.float64)
+    if isinstance(optimizer, torch.optim.Adam):
+        states = [(p, optimizer.state[p]) for p in module.parameters()]
+        v = [s["exp_avg_sq"].double() / (1 - 0.999 ** s["step"].item()) for _, s in states]
+        scale = 1 / (torch.cat([each.flatten() for each in v]).sqrt() + 1e-8).sqrt()
+    return torch.linalg.eigvalsh(scale[:, None] * hessian * scale).max().item()
+
+
+@pytest.mark.parametrize(
+    ("make", "limit"),
+    [
+        (lambda params: torch.optim.SGD(params, lr=0.02), lambda s: 2 / s),
+        (lambda params: torchcalc.optim.SGD(params, lr=0.02, momentum=0.5, weight_decay=0.1), lambda s: 3 / (s + 0.1)),
+        (lambda params: torch.optim.Adam(params, lr=0.003), lambda s: 2 * 1.9 / (0.1 * s)),
+    ],
+    ids=["SGD", "momentum", "Adam"],
+)
+def test_curves_against_the_dense_hessian(tmp_path, make, limit):
+    class Watched(Regression):
+        def on_train_batch_end(self, *args):
+            self.truth.append(dense(self, self.trainer.optimizers[0]))
+
+    module = Watched(optimizer=make)
+    module.truth = []
+    fit(tmp_path, module, Sharpness(**ACCURATE))
+    curves = group(read(tmp_path), "sharpness")
+    assert set(curves) == {"lambda", "threshold", "lr", "lr_limit"}
+    assert [step for step, _ in curves["lambda"]] == list(range(8))
+    assert [v for _, v in curves["lambda"]] == pytest.approx(module.truth, rel=1e-3)
+    assert [v for _, v in curves["lr_limit"]] == pytest.approx([limit(s) for s in module.truth], rel=1e-3)
+    lr = module.optimizers().param_groups[0]["lr"]
+    assert [v for _, v in curves["lr"]] == pytest.approx([lr] * 8)
+    assert [limit(v) for _, v in curves["threshold"]] == pytest.approx([lr] * 8, rel=1e-3)
+
+
+class Busy(LightningModule):
+    """All that a measurement could disturb: dropout, batch norm, metrics, logs, a counter of batches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 1))
+        self.mean = MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.mean(loss.detach())
+        self.log("loss", loss, prog_bar=True)
+        self.log_dict({"mean": self.mean, "norm": loss**2}, on_epoch=True, on_step=False)
+        return {"loss": loss, "extra": None}
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def test_it_changes_nothing(tmp_path):
+    modules = [Busy(), Busy()]
+    for i, callbacks in enumerate(([], [Sharpness(budget=None)])):
+        torch.manual_seed(1)
+        fit(tmp_path / str(i), modules[i], *callbacks)
+    for (name, a), b in zip(modules[0].state_dict().items(), modules[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    without, measured = (read(tmp_path / str(i)).scalars for i in range(2))
+    assert len(group(read(tmp_path / "1"), "sharpness")["lambda"]) == 8
+    assert {tag: v for tag, v in measured.items() if not tag.startswith("sharpness")} == without
+
+
+def test_it_pays_off_a_measurement_before_the_next(tmp_path, monkeypatch):
+    callback = Sharpness(budget=0.1)
+    clock = iter(range(10**6))
+    monkeypatch.setattr("torchcalc.instruments.instrument.time.perf_counter", lambda: float(next(clock)))
+    fit(tmp_path, Regression(), callback, max_epochs=20)
+    steps = [step for step, _ in group(read(tmp_path), "sharpness")["lambda"]]
+    assert steps[0] == 0  # at once
+    assert callback.spent <= 0.1 * callback.elapsed() + callback.dearest
+    assert 1 < len(steps) < 20
+
+
+def test_an_optimizer_of_unknown_stability_gets_the_plain_hessian(tmp_path):
+    module = Regression(optimizer=lambda params: torchcalc.optim.Lion(params, lr=1e-3))
+    with pytest.warns(UserWarning, match="Sharpness: TypeError: .*no stability limit is known for Lion") as told:
+        fit(tmp_path, module, Sharpness(**ACCURATE), max_epochs=1)
+    assert len([each for each in told if "Sharpness" in str(each.message)]) == 1
+    assert set(group(read(tmp_path), "sharpness")) == {"lambda", "lr"}
+
+
+def test_second_derivatives_by_differences_are_told_once(tmp_path):
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.tanh()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+    class Tanh(nn.Module):
+        def forward(self, x):
+            return Once.apply(x)
+
+    net = nn.Sequential(nn.Linear(3, 4), Tanh(), nn.Linear(4, 1))
+    with pytest.warns(UserWarning, match="Sharpness: the Hessian is taken by differences") as told:
+        fit(tmp_path, Regression(net), Sharpness(**ACCURATE), max_epochs=1)
+    assert len([each for each in told if "Sharpness" in str(each.message)]) == 1
+
+
+def test_frozen_in_mid_training(tmp_path):
+    class Freezing(Regression):
+        def on_train_epoch_start(self):
+            self.net[0].requires_grad_(self.current_epoch == 0)
+
+    fit(tmp_path, Freezing(), Sharpness(**ACCURATE))
+    assert len(group(read(tmp_path), "sharpness")["lambda"]) == 8
+
+
+class Manual(TwoOptimizers):
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss_of(batch))
+        optimizer.step()
+
+    def loss_of(self, batch):
+        return nn.functional.mse_loss(self.parts[0](batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parts[0].parameters(), lr=0.1)
+
+
+def test_manual_optimization(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"with manual optimization .*objective='...'"):
+        fit(tmp_path / "refused", Manual(), Sharpness())
+    fit(tmp_path, module := Manual(), Sharpness(objective="loss_of", **ACCURATE), max_epochs=1)
+    x, _ = (t.double() for t in batches()[0])
+    x = torch.cat([x, torch.ones(8, 1)], 1)
+    truth = torch.linalg.eigvalsh(2 * x.T @ x / 8).max().item()  # of the mean square of a linear layer
+    assert group(read(tmp_path), "sharpness")["lambda"][-1][1] == pytest.approx(truth, rel=1e-3)
+    assert module.parts[1].weight.grad is None
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(MisconfigurationException, match="objective='nothing': Regression has no such method"):
+        fit(tmp_path, Regression(), Sharpness(objective="nothing"))
+    two = TwoOptimizers()
+    two.loss_of = lambda batch: None
+    with pytest.raises(MisconfigurationException, match="there are 2 optimizers"):
+        fit(tmp_path, two, Sharpness(objective="loss_of"))
+    with pytest.raises(ValueError, match=r"Regression.configure_optimizers returned SGD: it must return a scalar loss"):
+        fit(tmp_path, Regression(), Sharpness(objective="configure_optimizers"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(every_n_steps=0), "every_n_steps=0"),
+        (dict(budget=2.0), "budget=2.0"),
+        (dict(examples=0), "examples=0"),
+        (dict(tolerance=0.0), "tolerance=0.0"),
+        (dict(max_products=0), "max_products=0"),
+    ],
+)
+def test_arguments(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        Sharpness(**arguments)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 1.0, 9.0])
+def test_threshold_is_the_inverse_of_the_limit(decay):
+    assert largest_stable(lambda s: 2 / (s + decay), 0.2) == pytest.approx(10 - decay, rel=1e-4)
+    assert math.isnan(largest_stable(lambda s: 2 / (s + 11), 0.2))
+    assert largest_stable(lambda s: 2 / s, 0.0) == math.inf
+
+
+def test_plain_function_starts_from_the_last_vector():
+    module = Regression()
+    loss = training_loss(module.net, nn.functional.mse_loss, batches())
+    optimizer, parameters = module.configure_optimizers(), dict(module.net.named_parameters())
+    cold = sharpness(loss, optimizer, parameters, tolerance=1e-4, max_products=100)
+    warm = sharpness(loss, optimizer, parameters, start=cold.vector, max_products=2)
+    assert warm.value == pytest.approx(cold.value, rel=5e-3)
+
+
+def test_a_batch_is_cut_and_copied():
+    x, lengths = torch.arange(8.0), torch.arange(3)
+    batch = {"x": (x, [x[:, None], "text"]), "other": lengths, "n": 8}
+    found = batch_of(batch, 2)
+    assert found["x"][0].tolist() == [0.0, 1.0]
+    assert found["x"][1][0].shape == (2, 1)
+    assert found["x"][1][1] == "text"
+    assert found["other"].tolist() == [0, 1, 2]
+    assert found["n"] == 8
+    x.zero_()
+    assert found["x"][0].tolist() == [0.0, 1.0]
+
+
+def test_an_objective_logs_nothing_and_restores_metrics():
+    module = Busy()
+    module.mean(torch.tensor(5.0))
+    Objective(module)(batches()[0])
+    assert module.mean.compute() == 5.0
+    assert "log" not in vars(module)

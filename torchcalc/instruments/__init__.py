@@ -1,0 +1,40 @@
+"""Instruments that show training in TensorBoard: Lightning callbacks, one entry in a YAML each, and plain functions."""
+
+from torchcalc.instruments.contours import animate_paths, contour_figure
+from torchcalc.instruments.dashboard import Dashboard, layout
+from torchcalc.instruments.gradient_flow import GradientFlow, gradient_norms
+from torchcalc.instruments.history import DepthHistory
+from torchcalc.instruments.instruments import Instruments
+from torchcalc.instruments.landscape import Landscape
+from torchcalc.instruments.learning_rate import LearningRate, LearningRateRangeTest
+from torchcalc.instruments.loss_surface import LossPlane, LossSlice, loss_plane, loss_slice
+from torchcalc.instruments.predictions import Predictions, confusion_figure, confusion_matrix, scatter_figure
+from torchcalc.instruments.sharpness import Sharpness, SharpnessReading, sharpness
+from torchcalc.instruments.update_ratio import UpdateRatio, update_ratios
+
+__all__ = [
+    "Dashboard",
+    "DepthHistory",
+    "GradientFlow",
+    "Instruments",
+    "Landscape",
+    "LearningRate",
+    "LearningRateRangeTest",
+    "LossPlane",
+    "LossSlice",
+    "Predictions",
+    "Sharpness",
+    "SharpnessReading",
+    "UpdateRatio",
+    "animate_paths",
+    "confusion_figure",
+    "confusion_matrix",
+    "contour_figure",
+    "gradient_norms",
+    "layout",
+    "loss_plane",
+    "loss_slice",
+    "scatter_figure",
+    "sharpness",
+    "update_ratios",
+]
