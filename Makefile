@@ -19,7 +19,7 @@ MAKEFLAGS += --no-print-directory
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full lint pytest sanitize bench clean
+.PHONY: help train test test-full lint pytest sanitize bench gallery clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -30,13 +30,13 @@ help: ## list the commands
 	@echo '  TORCH=$(OTHER_TORCH)                        another torch, in an environment of its own (make test)'
 	@echo '  PYTHON=/path/to/python              the Python to make .venv with, 3.11 or newer'
 
-train: $(VENV)/.installed ## train RECIPE (digits), test it, say where the curves are
+train: $(VENV)/.installed ## train RECIPE (digits, descent, regression, depth, learning_rate), say where the curves are
 	$(BIN)/python -m recipes $(RECIPE) $(ARGS)
 
 # Style and types are properties of the source: they are checked once, with the pinned tools, and not again for TORCH=.
 test: $(if $(TORCH),,lint) pytest ## ruff, mypy, pytest with doctests; under ten minutes
 
-test-full: test sanitize ## what is slower as well: sanitizers, packaging, the other torch
+test-full: test sanitize ## what is slower as well: sanitizers, packaging, TensorBoard in a browser, the other torch
 	$(PYTEST) -m slow
 	$(MAKE) test TORCH=$(OTHER_TORCH)
 
@@ -54,6 +54,9 @@ sanitize: $(VENV)/.installed ## the kernels' tests under AddressSanitizer and UB
 
 bench: $(VENV)/.installed ## stock and torchcalc side by side (ARGS=--quick: under a minute)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+gallery: $(VENV)/.installed ## the README's pictures: runs three recipes, photographs TensorBoard with Chromium
+	$(BIN)/python -m recipes.gallery $(ARGS)
 
 clean: ## remove environments, builds and caches; runs/ stays
 	rm -rf .venv .venv-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from recipes.errors import blame, debugging, did_you_mean, fail, one_line
@@ -66,12 +67,14 @@ class RecipeCLI(LightningCLI):
 
     Args:
         name: the recipe's name; its config is ``configs/NAME.yaml``, its runs lie in ``runs/NAME``.
-        model: the LightningModule's class.
-        data: the LightningDataModule's class.
+        model: the LightningModule's class; if it has a method ``report() -> str``, that is printed after training.
+        data: the LightningDataModule's class, or None if the model brings its own dataloaders.
         args: the command line: a subcommand (``fit`` if left out) and ``--key=value`` settings over the config.
     """
 
-    def __init__(self, name: str, model: type[LightningModule], data: type[LightningDataModule], args: list[str]):
+    def __init__(
+        self, name: str, model: type[LightningModule], data: type[LightningDataModule] | None, args: list[str]
+    ):
         self.name = name
         tidy_output()
         super().__init__(
@@ -139,11 +142,13 @@ class RecipeCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best checkpoint; say how well it did, where everything lies and how to look at it."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, verbose=False)
-        report = [
-            (f"test {key.removesuffix('/test')}", f"{value:.4f}")
-            for key, value in self.trainer.callback_metrics.items()
-        ]
+        report = []
+        if is_overridden("test_step", self.model):
+            self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, verbose=False)
+            metrics = self.trainer.callback_metrics.items()
+            report = [(f"test {key.removesuffix('/test')}", f"{value:.4f}") for key, value in metrics]
+        if hasattr(self.model, "report"):
+            print(f"\n{self.model.report()}")
         if best:
             report.append(("best checkpoint", short(best)))
         if isinstance(logger := self.trainer.logger, TensorBoardLogger):

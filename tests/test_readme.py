@@ -58,6 +58,17 @@ def test_the_report_is_as_shown():
     assert torch.autograd.gradcheck(names["SiLU"].apply, x)
 
 
+def test_the_step_is_chosen_as_shown(capsys):
+    """Numbers to 20 %: they come out of float32 and another machine's rounding."""
+    run(BLOCKS[3])
+    printed = capsys.readouterr().out
+    shown = re.findall(r"^```text\n(.+?)^```", README, flags=re.MULTILINE | re.DOTALL)[1]
+    number = r"\d+(?:\.\d+)?"
+    assert re.sub(number, "", printed) == re.sub(number, "", shown)
+    for ours, theirs in zip(re.findall(number, printed), re.findall(number, shown), strict=True):
+        assert float(ours) == pytest.approx(float(theirs), rel=0.2)
+
+
 def test_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links

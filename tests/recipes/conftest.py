@@ -10,6 +10,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+NAMES = [config.stem for config in CONFIGS]
+
+# A run of a few steps, of any recipe; what a recipe needs beside it.
+BRIEF = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.log_every_n_steps=1"]
+BRIEF_TOO = {"descent": ["--model.frames=2"]}
+
+
+def brief(name: str) -> list[str]:
+    """Return the command line of a short run of a recipe."""
+    return [name, *BRIEF, *BRIEF_TOO.get(name, [])]
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +52,22 @@ def run_recipe(folder: Path, *args: str) -> SimpleNamespace:
     )
 
 
+def events(run: Path) -> EventAccumulator:
+    """Read the event files that lie in a folder."""
+    found = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
+    found.Reload()
+    return found
+
+
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Return the scalars in a run's event files: (step, value) by tag."""
-    events = EventAccumulator(str(run))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = events(run)
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def runs(folder: Path) -> list[Path]:
+    """Return the folders that hold event files, in or below ``folder``: what TensorBoard calls runs."""
+    return sorted({file.parent for file in folder.rglob("events.out.tfevents*")})
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,24 @@ def test_the_seed_decides_the_run(tmp_path, monkeypatch):
     assert first["loss/train"] != other["loss/train"]
 
 
+def test_the_instruments_take_no_part_in_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for others in ([], ["--trainer.callbacks=[]"]):
+        main(["--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", *others])
+    (with_them, without) = (curves(tmp_path / f"runs/digits/version_{n}") for n in range(2))
+    assert {"sharpness/lambda", "update_ratio/net.strokes.0", "gradient_norm/net.digits.0"} <= set(with_them)
+    assert set(without) == {
+        "loss/train",
+        "loss/val",
+        "accuracy/train",
+        "accuracy/val",
+        "loss/test",
+        "accuracy/test",
+        "epoch",
+    }
+    assert all(with_them[tag] == values for tag, values in without.items())
+
+
 def test_split_is_stratified_disjoint_and_independent_of_the_run_seed():
     torch.manual_seed(0)
     data = Digits()

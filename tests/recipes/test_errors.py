@@ -6,12 +6,13 @@ import pytest
 
 from recipes.__main__ import main
 
+RECIPES = "depth, descent, digits, learning_rate, regression"
 SGD = "optimizer: {class_path: torch.optim.SGD, init_args: {%s}}"
 
 # what the user typed, what the one line says
 ARGUMENTS = [
-    ([], "no recipe given; recipes are: digits"),
-    (["digit"], "there is no recipe 'digit'; recipes are: digits"),
+    ([], f"no recipe given; recipes are: {RECIPES}"),
+    (["digit"], f"there is no recipe 'digit'; recipes are: {RECIPES}"),
     (["digits", "fitt"], "there is no option 'fitt'"),
     (["digits", "--data.batch_sise=3"], "there is no option 'data.batch_sise'; did you mean 'data.batch_size'?"),
     (["digits", "--trainer.max_epoch=3"], "there is no option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),

@@ -1,0 +1,1 @@
+"""The README's pictures: ``python -m recipes.gallery`` runs recipes and photographs them in TensorBoard."""

@@ -1,0 +1,151 @@
+"""Which learning rate? A range test, then one net trained at learning rates over five decades, beside the prediction.
+
+Near a minimum, and anywhere for a short while, a loss is a quadratic; on a quadratic of sharpness λ, the largest eigenvalue
+of its Hessian, gradient descent converges up to lr = 2/λ and diverges beyond (``torchcalc.convergence.stability_limit`` has
+the limits of momentum and others). λ is known before training starts, and so is the prediction. It is wrong where λ
+changes on the way: full-batch training sharpens until 2/λ comes down to the lr (Cohen et al. 2021, arXiv:2103.00065), and
+beyond the limit a net can be thrown to where the loss is flatter, and settle there (Lewkowycz et al. 2020,
+arXiv:2003.02218). So λ is measured on the way as well, and the figure says where it crossed the line.
+"""
+
+import math
+from copy import deepcopy
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from recipes.cli import RecipeCLI
+from recipes.digits import Digits
+from recipes.errors import fail
+from recipes.learning_rate_figure import Run, short, sweep_figure, sweep_table
+from torchcalc import nn as calc
+from torchcalc.calculus import Curvature, curvature, training_loss
+from torchcalc.convergence import range_test, stability_limit
+from torchcalc.optim import SGD, GradientDescent
+
+
+class Perceptron(nn.Sequential):
+    """A smooth net with one hidden layer, (N, 1, 8, 8) -> (N, 10)."""
+
+    def __init__(self, width: PositiveInt = 32):
+        super().__init__(nn.Flatten(), calc.Linear(64, width), calc.Tanh(), calc.Linear(width, 10))
+
+
+class WholeDigits(Digits):
+    """The digits with the whole training set as every batch: then an epoch of ``steps`` is gradient descent, without noise.
+
+    Args:
+        steps: steps per epoch.
+        split_seed: decides which image is in which split.
+    """
+
+    def __init__(self, steps: PositiveInt = 300, split_seed: NonNegativeInt = 0):
+        super().__init__(split_seed=split_seed)
+        self.steps = steps
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([self.train.tensors] * self.steps, batch_size=None)  # type: ignore[arg-type]
+
+
+class Sweep(LightningModule):
+    """Copies of one net, each with a learning rate of its own; the gradient of the sum of their losses is each one's own.
+
+    Args:
+        net: the net to start from.
+        loss: loss(output, target).
+        low: smallest learning rate.
+        high: largest learning rate.
+        per_decade: learning rates in each decade.
+        sharpness_every: steps between two measurements of the sharpness of each copy.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: nn.Module,
+        low: PositiveFloat,
+        high: PositiveFloat,
+        per_decade: PositiveInt = 5,
+        sharpness_every: PositiveInt = 25,
+    ):
+        super().__init__()
+        if low >= high:
+            raise ValueError(f"low: {low}; it must be below high, which is {high}")
+        decades = math.log10(high / low)
+        count = math.ceil(decades * per_decade - 1e-9) + 1
+        self.runs = [Run(lr=low * 10 ** (decades * i / (count - 1))) for i in range(count)]
+        self.nets = nn.ModuleList(deepcopy(net) for _ in self.runs)
+        self.loss, self.sharpness_every = loss, sharpness_every
+        self.losses: list[Tensor] = []  # one vector per step
+
+    def on_fit_start(self) -> None:
+        """Test the range and predict at the start, which all nets share; then give each its learning rate."""
+        data = self.trainer.datamodule.train  # type: ignore[attr-defined]
+        self.batch = tuple(tensor.to(self.device) for tensor in data.tensors)
+        optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+        if not isinstance(optimizer, SGD | GradientDescent | torch.optim.SGD):
+            fail(f"optimizer: {type(optimizer).__name__}'s limit moves with its state; use SGD or GradientDescent")
+        low, high = self.runs[0].lr, self.runs[-1].lr
+        self.range_test = range_test(self.nets[0], self.loss, self.batch, optimizer, low=low, high=high)
+        start = self.sharpness(self.nets[0])
+        limit = stability_limit(optimizer, start.value)
+        loss = self.loss(self.nets[0](self.batch[0]), self.batch[1])
+        gradient = torch.autograd.grad(loss, list(self.nets[0].parameters()))
+        slope = float(nn.utils.get_total_norm(gradient) ** 2 / loss.detach())
+        [group] = optimizer.param_groups
+        if momentum := group.get("momentum", 0.0):  # steps add up
+            slope *= (1 - group["dampening"]) / (1 - momentum)
+        optimizer.param_groups = []
+        for net, run in zip(self.nets, self.runs, strict=True):
+            optimizer.param_groups.append({**group, "params": list(net.parameters()), "lr": run.lr})
+            run.limit, run.slope, run.sharpness, run.vector = limit, slope, [start.value], start.vector
+
+    def sharpness(self, net: nn.Module, start: dict[str, Tensor] | None = None) -> Curvature:
+        f = training_loss(net, self.loss, self.batch)
+        return curvature(f, f.parameters, start=start, tolerance=0.01, max_products=30)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        losses = torch.stack([self.loss(net(batch[0]), batch[1]) for net in self.nets])
+        if len(self.losses) > self.global_step:  # a closure's second look, after its step
+            return losses.sum()
+        self.losses.append(losses.detach())
+        if len(self.losses) % self.sharpness_every == 0:
+            for net, run in zip(self.nets, self.runs, strict=True):
+                found = self.sharpness(net, run.vector)
+                run.sharpness.append(found.value)
+                run.vector = found.vector if math.isfinite(found.value) else None
+        self.log("loss/train", losses.detach().nan_to_num(math.inf).min(), prog_bar=True)  # the best net's
+        return losses.sum()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        losses = torch.stack([self.loss(net(batch[0]), batch[1]) for net in self.nets])
+        self.log("loss/val", losses.nan_to_num(math.inf).min())
+
+    def on_train_end(self) -> None:
+        for run, curve in zip(self.runs, torch.stack(self.losses, 1).cpu(), strict=True):
+            run.losses = curve.tolist()
+        if isinstance(self.logger, TensorBoardLogger):
+            folder = self.logger.log_dir
+            for run in self.runs:  # a TensorBoard run for each, so that the curves share a chart
+                with SummaryWriter(f"{folder}/lr={short(run.lr)}") as writer:
+                    for step, loss in enumerate(run.losses):
+                        writer.add_scalar("sweep/loss_log10", math.log10(loss) if loss > 0 else loss, step)
+                    for i, sharpness in enumerate(run.sharpness):
+                        writer.add_scalar("sweep/sharpness", sharpness, i * self.sharpness_every)
+            sweep, test = sweep_figure(self.runs, self.range_test), self.range_test.figure()
+            for name, figure in {"learning_rate": sweep, "range_test": test}.items():
+                figure.savefig(f"{folder}/{name}.png")
+                self.logger.experiment.add_figure(f"figures/{name}", figure, self.global_step)
+
+    def report(self) -> str:
+        """The sweep's table, and what the range test had suggested."""
+        return f"{sweep_table(self.runs)}\n\n{self.range_test}"
+
+
+def main(args: list[str]) -> None:
+    RecipeCLI("learning_rate", Sweep, WholeDigits, args)
