@@ -370,6 +370,8 @@ def test_refuses_what_cannot_be_tested():
     with pytest.raises(ValueError, match="holds none of the model's trainable parameters"):
         range_test(model, nn.functional.cross_entropy, batches(), torch.optim.SGD(other.parameters()))
     sgd = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match="LBFGS needs a closure"):
+        range_test(model, nn.functional.cross_entropy, batches(), torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ValueError, match="batches: it is empty"):
         range_test(model, nn.functional.cross_entropy, [], sgd)
     with pytest.raises(ValueError, match="loss: it is nan before the first step"):

@@ -201,6 +201,7 @@ def range_test(
         steps: rates to try, >= 5. Momentum wants more of them: the rate should not change much in 1/(1 − μ) steps.
 
     Raises:
+        TypeError: the optimizer is LBFGS.
         ValueError: an argument out of range; no batch; the optimizer holds none of the model's trainable parameters; the loss
             is not finite before the first step.
 
@@ -216,6 +217,10 @@ def range_test(
     """
     if not 0 < low < high < math.inf:
         raise ValueError(f"low={low}, high={high}: they must be 0 < low < high, finite")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "optimizer: LBFGS needs a closure and searches for its own step; pass one whose step needs none"
+        )
     if steps < 5:
         raise ValueError(f"steps: {steps}; it must be at least 5")
     trained = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
