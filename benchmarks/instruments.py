@@ -50,7 +50,7 @@ def fit(data: Any, instruments: bool, epochs: int) -> list[torch.Tensor]:
 
 
 def make(epochs: int = EPOCHS) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], None]]:
-    from recipes.digits import Digits
+    from recipes.data import Digits
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     data = Digits()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from recipes.cli import RecipeCLI
+from recipes.data import Digits
 from recipes.deep_nets import VARIANCE, deep_net, gain, weight_gradients
 from recipes.depth_figure import depth_figure
-from recipes.digits import Digits
 from torchcalc.nn import CrossEntropyLoss
 
 

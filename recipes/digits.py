@@ -5,20 +5,13 @@ MNIST or Fashion-MNIST in DIR instead; with their 60,000 images a few epochs do,
 ``--trainer.max_epochs=3 --lr_scheduler.gamma=0.3 --data.batch_size=256``.
 """
 
-from functools import partial
-from os import PathLike
-
-import torch
 import torch.nn.functional as F
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch import LightningDataModule, LightningModule
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from recipes.cli import RecipeCLI
-from recipes.idx import read_mnist
+from recipes.data import Digits
 from torchcalc import nn as calc
 
 
@@ -73,46 +66,6 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
         self.step(batch, "test")
-
-
-class Digits(LightningDataModule):
-    """``load_digits`` split into 60 % train, 20 % validation and 20 % test, the classes in equal parts everywhere.
-
-    Args:
-        batch_size: images a training step sees.
-        split_seed: decides which image is in which split; apart from the run's seed, so that runs are comparable.
-        folder: learn from ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the same of ``t10k`` in this
-            folder instead, or .gz: MNIST's names. Their test set is theirs, validation a sixth of their training set.
-    """
-
-    def __init__(
-        self, batch_size: PositiveInt = 64, split_seed: NonNegativeInt = 0, folder: str | PathLike[str] | None = None
-    ):
-        super().__init__()
-        self.batch_size = batch_size
-        split = partial(train_test_split, random_state=split_seed)
-        if folder is None:
-            images, labels = load_digits(return_X_y=True)
-            x = torch.from_numpy(images).float().div(16).view(-1, 1, 8, 8)  # pixels count 0 to 16 dots of ink
-            y = torch.from_numpy(labels)
-            index, test = split(torch.arange(len(y)), test_size=0.2, stratify=y)
-            train, val = split(index, test_size=0.25, stratify=y[index])
-            self.test = TensorDataset(x[test], y[test])
-        else:
-            sets = read_mnist(folder)
-            (x, y), test = ((images.unsqueeze(1).float().div_(255), labels) for images, labels in sets.values())
-            train, val = split(torch.arange(len(y)), test_size=1 / 6, stratify=y)
-            self.test = TensorDataset(*test)
-        self.train, self.val = (TensorDataset(x[i], y[i]) for i in (train, val))
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, 1024)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.test, 1024)
 
 
 def main(args: list[str]) -> None:

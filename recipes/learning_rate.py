@@ -12,17 +12,15 @@ import math
 from copy import deepcopy
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from recipes.cli import RecipeCLI
-from recipes.digits import Digits
+from recipes.data import WholeDigits
 from recipes.errors import fail
-from recipes.learning_rate_figure import Run, short, sweep_figure, sweep_table
+from recipes.learning_rate_figure import Run, sweep_figure, sweep_table, write_curves
 from torchcalc import nn as calc
 from torchcalc.calculus import Curvature, curvature, training_loss
 from torchcalc.convergence import range_test, stability_limit
@@ -34,22 +32,6 @@ class Perceptron(nn.Sequential):
 
     def __init__(self, width: PositiveInt = 32):
         super().__init__(nn.Flatten(), calc.Linear(64, width), calc.Tanh(), calc.Linear(width, 10))
-
-
-class WholeDigits(Digits):
-    """The digits with the whole training set as every batch: then an epoch of ``steps`` is gradient descent, without noise.
-
-    Args:
-        steps: steps per epoch.
-        split_seed: decides which image is in which split.
-    """
-
-    def __init__(self, steps: PositiveInt = 300, split_seed: NonNegativeInt = 0):
-        super().__init__(split_seed=split_seed)
-        self.steps = steps
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader([self.train.tensors] * self.steps, batch_size=None)  # type: ignore[arg-type]
 
 
 class Sweep(LightningModule):
@@ -131,12 +113,7 @@ class Sweep(LightningModule):
             run.losses = curve.tolist()
         if isinstance(self.logger, TensorBoardLogger):
             folder = self.logger.log_dir
-            for run in self.runs:  # a TensorBoard run for each, so that the curves share a chart
-                with SummaryWriter(f"{folder}/lr={short(run.lr)}") as writer:
-                    for step, loss in enumerate(run.losses):
-                        writer.add_scalar("sweep/loss_log10", math.log10(loss) if loss > 0 else loss, step)
-                    for i, sharpness in enumerate(run.sharpness):
-                        writer.add_scalar("sweep/sharpness", sharpness, i * self.sharpness_every)
+            write_curves(folder, self.runs, self.sharpness_every)
             sweep, test = sweep_figure(self.runs, self.range_test), self.range_test.figure()
             for name, figure in {"learning_rate": sweep, "range_test": test}.items():
                 figure.savefig(f"{folder}/{name}.png")

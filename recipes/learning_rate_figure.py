@@ -1,4 +1,4 @@
-"""The figure and the table of the learning_rate recipe: what was predicted, what happened, and why where they differ."""
+"""Curves, figure and table of the learning_rate recipe: what was predicted, what happened, and why where they differ."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from torchcalc.convergence import RangeTest, predict, verdict
 from torchcalc.instruments.figures import quiet
@@ -77,6 +78,16 @@ def sweep_table(runs: Sequence[Run]) -> str:
     lines = [HEAD, *sweep_rows(runs)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def write_curves(folder: str, runs: Sequence[Run], every: int) -> None:
+    """Write loss and sharpness (of every so many steps): a TensorBoard run for each rate, so that they share a chart."""
+    for run in runs:
+        with SummaryWriter(f"{folder}/lr={short(run.lr)}") as writer:
+            for step, loss in enumerate(run.losses):
+                writer.add_scalar("sweep/loss_log10", math.log10(loss) if loss > 0 else loss, step)
+            for i, sharpness in enumerate(run.sharpness):
+                writer.add_scalar("sweep/sharpness", sharpness, i * every)
 
 
 def sweep_figure(runs: Sequence[Run], found: RangeTest) -> Figure:

@@ -11,53 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
-from lightning.pytorch import LightningDataModule, LightningModule
+from jsonargparse.typing import OpenUnitInterval
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
-from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from recipes.cli import RecipeCLI
+from recipes.data import Diabetes
 from recipes.errors import fail
 from recipes.regression_figure import regression_figure
 from torchcalc import nn as calc
 from torchcalc.calculus import derivative
 from torchcalc.convergence import stability_limit
 from torchcalc.optim import SGD, GradientDescent
-
-NAMES = [
-    *("age", "sex", "body mass", "blood pressure", "cholesterol", "LDL", "HDL", "cholesterol / HDL", "triglycerides"),
-    *("glucose", "intercept"),
-]
-
-
-class Diabetes(LightningDataModule):
-    """``load_diabetes`` in units of one standard deviation, split into 70 % train, 15 % validation and 15 % test.
-
-    Args:
-        steps: steps per epoch; each sees the whole training set.
-        split_seed: decides who is in which split; apart from the run's seed, so that runs are comparable.
-    """
-
-    def __init__(self, steps: PositiveInt = 100, split_seed: NonNegativeInt = 0):
-        super().__init__()
-        self.steps = steps
-        x, y = (torch.from_numpy(array) for array in load_diabetes(return_X_y=True))
-        x = x * math.sqrt(len(x))  # it ships with mean 0 and norm 1 per column
-        y = (y - y.mean()) / y.std(correction=0)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split_seed))
-        parts = order.tensor_split([int(0.7 * len(x)), int(0.85 * len(x))])
-        self.train, self.val, self.test = (TensorDataset(x[i], y[i, None]) for i in parts)
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader([self.train.tensors] * self.steps, batch_size=None)  # type: ignore[arg-type]
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, len(self.val))
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.test, len(self.test))
 
 
 class LinearRegression(LightningModule):
@@ -120,7 +86,7 @@ class LinearRegression(LightningModule):
         self.learned = torch.cat([net.weight[0], net.bias])
         self.gap = self.loss(net(train[0]), train[1]).item() / self.least - 1
         if isinstance(self.logger, TensorBoardLogger):
-            figure = regression_figure(NAMES, self.learned, self.solution[:, 0], test[1], net(test[0]))
+            figure = regression_figure(self.learned, self.solution[:, 0], test[1], net(test[0]))
             figure.savefig(Path(self.logger.log_dir) / "regression.png")
             self.logger.experiment.add_figure("figures/regression", figure, self.global_step)
 

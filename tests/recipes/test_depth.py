@@ -8,9 +8,9 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 
 from recipes.__main__ import main
+from recipes.data import Digits
 from recipes.deep_nets import VARIANCE, deep_net, gain, weight_gradients
 from recipes.depth import Depth
-from recipes.digits import Digits
 from tests.recipes.conftest import curves, run_recipe
 from torchcalc import nn as calc
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from recipes.digits import Classifier, ConvNet, Digits, main
+from recipes.data import Digits
+from recipes.digits import Classifier, ConvNet, main
 from tests.recipes.conftest import curves, run_recipe
 from torchcalc.nn import CrossEntropyLoss
 

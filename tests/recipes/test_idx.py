@@ -9,7 +9,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from recipes.__main__ import main
-from recipes.digits import ConvNet, Digits
+from recipes.data import Digits
+from recipes.digits import ConvNet
 from recipes.idx import read_idx, read_mnist
 from tests.recipes.conftest import curves
 
@@ -113,7 +114,7 @@ def test_recipe_refuses_before_training(name, damage, says, folder, capsys, monk
     assert end.value.code == 2
     *others, error = capsys.readouterr().err.splitlines()
     assert all("Seed set to 0" in line for line in others)
-    assert error.startswith("error: recipes.digits.Digits: ") and says in error
+    assert error.startswith("error: recipes.data.Digits: ") and says in error
     assert [path.name for path in tmp_path.iterdir()] == ["mnist"]
 
 

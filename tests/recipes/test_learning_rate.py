@@ -7,7 +7,8 @@ import torch
 from torch.func import functional_call
 
 from recipes.__main__ import main
-from recipes.learning_rate import Perceptron, WholeDigits
+from recipes.data import WholeDigits
+from recipes.learning_rate import Perceptron
 from recipes.learning_rate_figure import Run, sweep_table
 from tests.recipes.conftest import curves, run_recipe
 

@@ -9,7 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_diabetes
 
 from recipes.cli import RecipeCLI
-from recipes.regression import Diabetes, LinearRegression, main
+from recipes.data import Diabetes
+from recipes.regression import LinearRegression, main
 from tests.recipes.conftest import curves
 
 # Arrives in a third of the steps.
