@@ -69,7 +69,7 @@ $(VENV)/.created:
 	@touch $@
 
 # The build backend first: without build isolation the build sees the torch that the kernels are compiled against.
-$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile $(wildcard torchcalc/native/hatch_build.py torchcalc/native/csrc/*)
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile $(wildcard torchcalc/native/*build.py torchcalc/native/csrc/*)
 	@echo 'Installing torch $(PIN), torchcalc and its tools into $(VENV): minutes, the first time'
 	@sed 's/^torch==.*/torch==$(PIN)/' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt 'torch==$(PIN)' hatchling editables

@@ -63,14 +63,21 @@ def test_the_cache_follows_the_platform(monkeypatch: pytest.MonkeyPatch) -> None
     assert build.directories() == [build.PACKAGE]
 
 
-def test_a_build_replaces_what_is_stale_on_this_platform(tmp_path: Path, compiled: list[bool]) -> None:
+@pytest.mark.parametrize("package", [True, False], ids=["package", "elsewhere"])
+def test_a_build_replaces_what_is_stale_in_the_package(
+    package: bool, tmp_path: Path, compiled: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cache, which versions share, each keeps its own."""
+    if package:
+        monkeypatch.setattr(build, "PACKAGE", tmp_path)
     name = build.library_name()
     stale = tmp_path / name.replace(build.source_hash(), "0" * 16)
     foreign = tmp_path / "libtorchcalc-0000000000000000-linux_riscv64.so"
     stale.write_bytes(b"")
     foreign.write_bytes(b"")
     build.build(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, foreign.name])
+    kept = [name, foreign.name] if package else [name, foreign.name, stale.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
     assert os.access(tmp_path / name, os.X_OK)
 
 

@@ -86,6 +86,20 @@ def test_a_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "does not load" in why and torch.__version__ in why and REMEDY in why
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems load other files")
+@pytest.mark.parametrize("share", [0.0, 1e-4, 0.01, 0.3, 0.6, 0.99])
+def test_a_file_that_was_cut_short(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader would map it, and the process end at the first page that is not there."""
+    whole = native.library()
+    assert whole is not None
+    monkeypatch.setattr(build, "directories", lambda: [tmp_path])
+    data = whole.read_bytes()
+    (tmp_path / build.library_name()).write_bytes(data[: int(share * len(data))])
+    path, why = load._load()
+    assert path is None
+    assert ("cut short" in why or "does not load" in why) and REMEDY in why
+
+
 def test_a_library_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = native.library()
     assert loaded is not None
@@ -150,6 +164,47 @@ print(os.waitstatus_to_exitcode(status))
 @pytest.mark.parametrize("before", [True, False], ids=["loaded before the fork", "loaded by the child"])
 def test_a_forked_child_steps(before: bool) -> None:
     assert run(f"BEFORE = {before}{FORK}") == "7"
+
+
+# The first step in a child: the driver makes its state there, by torch's own operations.
+FIRST = """
+import os, signal, torch
+import torchcalc
+from torchcalc import native
+torch.set_num_threads(2)
+x = torch.randn(600, 600)
+(x @ x).exp()
+def optimizer(**options):
+    p = torch.nn.Parameter(torch.full((200_000,), 3.0))
+    p.grad = torch.ones(200_000)
+    return p, getattr(torchcalc.optim, NAME)([p], lr=0.5, **OPTIONS, **options)
+if BEFORE:
+    optimizer()[1].step()
+(p, first), (q, loaded) = optimizer(), optimizer()
+state = loaded.state_dict()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    first.step()
+    loaded.load_state_dict(first.state_dict())
+    loaded.step()
+    assert native.available(), native.why_not()
+    os._exit(7 if abs(float(p[-1]) - 2.5) < 1e-6 and float(q[-1]) < 3 else 1)
+_, status = os.waitpid(child, 0)
+first.step()
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("SGD", {"momentum": 0.9}), ("AdamW", {"weight_decay": 0}), ("Adam", {"amsgrad": True, "max_norm": 1e9})],
+    ids=["SGD", "AdamW", "Adam"],
+)
+@pytest.mark.parametrize("before", [True, False], ids=["loaded before the fork", "loaded by the child"])
+def test_an_optimizers_first_step_in_a_forked_child(before: bool, name: str, options: dict[str, float]) -> None:
+    assert run(f"BEFORE, NAME, OPTIONS = {before}, {name!r}, {options}{FIRST}") == "7"
 
 
 WORKERS = """

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import torchcalc.optim as ours
 from torchcalc import native
@@ -29,10 +30,27 @@ def params(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((4, 5), (7,), (), (0, 3))]
 
 
+class Opaque(Tensor):
+    """A subclass that knows torch's own operations, and no kernel of anybody else's."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Opaque:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace != "aten":
+            raise NotImplementedError(f"no {op}")
+        return op(*tree_map_only(Opaque, lambda t: t.inner, args), **(kwargs or {}))
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
-@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf])
 def test_max_norm_equals_clip_grad_norm(name: str, way: str, dtype: torch.dtype, max_norm: float) -> None:
     cls, twin, options = CLASSES[name]
     a = params(dtype)
@@ -134,6 +152,9 @@ def test_the_norm_of_large_finite_gradients_is_finite() -> None:
     sparse = torch.sparse_coo_tensor([[0, 0]], [3.0, 1.0], (5,), check_invariants=True)
     assert global_norm([sparse, torch.tensor([3.0])]).value == pytest.approx(5.0)
     assert global_norm([torch.tensor([3 + 4j])]).value == pytest.approx(5.0)
+    assert global_norm([torch.tensor([3 + 4j]).conj()]).value == pytest.approx(5.0)
+    assert global_norm([]).value == 0
+    assert global_norm([Opaque(torch.tensor([3.0])), torch.tensor([4.0])]).value == pytest.approx(5.0)
 
 
 def test_clip_coefficient_is_torchs_formula() -> None:
@@ -190,6 +211,16 @@ def test_stochastic_rounding_is_reproducible(way: str) -> None:
     assert not torch.equal(run(0), run(1))
 
 
+def test_every_group_has_random_numbers_of_its_own() -> None:
+    ps = [nn.Parameter(torch.ones(1000, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = ours.AdamW([{"params": [p]} for p in ps], rounding="stochastic")
+    for _ in range(5):
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert not torch.equal(*ps)
+
+
 def test_float32_is_not_rounded() -> None:
     a, b = params(), None
     b = copy.deepcopy(a)
@@ -238,6 +269,17 @@ def test_bad_options_are_refused(name: str, option: dict[str, Any], message: str
         CLASSES[name][0]([nn.Parameter(torch.ones(1))], **option)
 
 
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"skip_nonfinite": True}, {"rounding": "stochastic"}], ids=str)
+def test_a_group_has_no_extras_of_its_own(option: dict[str, Any]) -> None:
+    p, q = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.*pass it to the optimizer"):
+        ours.AdamW([{"params": [p], **option}])
+    optimizer = ours.AdamW([p])
+    with pytest.raises(ValueError, match="pass it to the optimizer"):
+        optimizer.add_param_group({"params": [q], **option})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_options_survive_deepcopy_and_stay_out_of_state_dict(name: str) -> None:
     cls, twin, options = CLASSES[name]
@@ -282,6 +324,38 @@ def test_shards_clip_and_skip_as_the_whole(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(sharded, args=(str(tmp_path),), nprocs=2)
 
 
+def sharded_twice(rank: int, folder: str) -> None:
+    """Data and tensor parallel at once: torch shards one dimension over both, and calls that neither shard nor partial."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    parallelize_module(net, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(net, mesh=mesh["data"])
+    optimizer = ours.AdamW(net.parameters(), max_norm=1.0, skip_nonfinite=True)
+    for step in range(2):
+        optimizer.zero_grad()
+        net(torch.randn(4, 8)).square().sum().backward()
+        if step == 1 and rank == 0:
+            next(net.parameters()).grad.to_local().fill_(math.nan)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).full_tensor().item()
+        optimizer.step()
+        assert optimizer.grad_norm == pytest.approx(norm, rel=1e-5, nan_ok=True)
+        assert optimizer.skipped_steps == step
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_shards_over_two_dimensions_clip_and_skip_as_the_whole(tmp_path: Path) -> None:
+    os.environ.pop("RANK", None)
+    torch.multiprocessing.spawn(sharded_twice, args=(str(tmp_path),), nprocs=4)
+
+
 # The plan of the native step.
 
 
@@ -314,10 +388,10 @@ class TestPlan:
     def test_it_is_made_and_kept(self, name: str) -> None:
         mine, stock, a, b = self.pair(name)
         self.step(mine, stock, a, b)
-        plan = mine._plans[0]
+        (plan,) = mine._plans.values()
         assert not plan.rest
         self.step(mine, stock, a, b)
-        assert mine._plans[0] is plan
+        assert list(mine._plans.values()) == [plan]
 
     @pytest.mark.parametrize("name", CLASSES)
     def test_gradients_come_and_go(self, name: str) -> None:
@@ -374,6 +448,43 @@ class TestPlan:
         for _ in range(2):
             self.step(mine, stock, a, b)
 
+    @pytest.mark.parametrize("name", CLASSES)
+    def test_a_plan_for_each_set_of_gradients(self, name: str) -> None:
+        """As where experts take turns: each set is planned once."""
+        mine, stock, a, b = self.pair(name)
+        plans = set()
+        for only in (slice(0, 1), slice(1, 2), slice(0, 1), slice(1, 2), slice(None)) * 2:
+            self.step(mine, stock, a, b, only)
+            plans |= set(map(id, mine._plans.values()))
+        if name != "SGD":  # whose state grows at the second step
+            assert len(mine._plans) == 3
+        mine.state[a[0]] = dict(mine.state[a[0]])
+        stock.state[b[0]] = dict(stock.state[b[0]])
+        self.step(mine, stock, a, b)
+
+    def test_what_the_rule_took_once_the_kernel_takes_when_it_can(self) -> None:
+        mine, stock, a, b = self.pair("AdamW")
+        b[0].grad = torch.randn(3, 3, 6, 4).permute(2, 3, 0, 1)
+        a[0].grad = b[0].grad
+        b[1].grad = a[1].grad = torch.randn(4)
+        mine.step()
+        stock.step()
+        assert [plan.rest for plan in mine._plans.values()] == [[0]]
+        self.step(mine, stock, a, b)
+        assert [plan.rest for plan in mine._plans.values()] == [[]]
+
+    def test_a_dtype_without_kernel_does_not_keep_the_others_from_it(self) -> None:
+        a = [nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(4))]
+        mine = ours.AdamW(a)
+        for p in a:
+            p.grad = torch.ones_like(p)
+        mine.step()
+        a[0].data, a[0].grad = a[0].data.double(), None  # its state stays float32
+        a[0].grad = torch.ones(5, dtype=torch.float64)
+        for _ in range(2):
+            mine.step()
+        assert [plan.rest for plan in mine._plans.values()] == [[0]]
+
     def test_a_first_step_by_kernel_and_rule_together(self) -> None:
         """SGD's first momentum is the gradient itself, also for the tensors that the kernel leaves to the rule."""
         base = torch.randn(8, 6)
@@ -383,4 +494,4 @@ class TestPlan:
         stock = torch.optim.SGD(b, lr=0.1, momentum=0.9, dampening=0.5)
         for _ in range(3):
             self.step(mine, stock, a, b)
-        assert list(mine._plans[0].rest) == [1]
+        assert [plan.rest for plan in mine._plans.values()] == [[1]]

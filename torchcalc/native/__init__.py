@@ -8,6 +8,7 @@ The library registers operators in `torch.ops.torchcalc`; they are called throug
 tell autograd what was written. Optimizers::
 
     bind(Tensor(a!)[] params, Tensor(b!)[] state, Tensor(c!)[] steps) -> int
+    refused(int handle, Tensor[] grads) -> int[]
     unbind(int handle) -> bool
     adam_bound_(int handle, Tensor[] grads, float lr, float beta1, float beta2, float eps, float weight_decay,
                 bool decoupled, bool maximize=False, float grad_coef=1.0, Tensor? grad_scale=None,

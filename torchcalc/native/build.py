@@ -99,7 +99,8 @@ def torch_directory() -> Path:
             "is given). Run `python -m torchcalc build` where torch is installed."
         )
     directory = Path(next(iter(spec.submodule_search_locations)))
-    version = re.search(r"__version__ = '(\d+)\.(\d+)", (directory / "version.py").read_text())
+    file = directory / "version.py"  # missing in what a failed uninstallation has left
+    version = re.search(r"__version__ = '(\d+)\.(\d+)", file.read_text() if file.is_file() else "")
     if version and (int(version[1]), int(version[2])) < OLDEST_TORCH:
         raise BuildError(
             f"torch {version[1]}.{version[2]} has no stable ABI to build against; "
@@ -185,9 +186,10 @@ def build(output: Path | None = None, *, sanitize: bool = False) -> Path:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    for stale in directory.glob("libtorchcalc-*"):
-        if stale != library and _platform_of(stale) == _platform_of(library):
-            stale.unlink(missing_ok=True)
+    if directory == PACKAGE:  # elsewhere other versions may have theirs
+        for stale in directory.glob("libtorchcalc-*"):
+            if stale != library and _platform_of(stale) == _platform_of(library):
+                stale.unlink(missing_ok=True)
     return library
 
 

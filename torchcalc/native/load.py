@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from pathlib import Path
 
@@ -58,13 +59,28 @@ def _load() -> tuple[Path | None, str]:
     path, problem = _find()
     if path is None:
         return None, problem
+    if not _is_whole(path.read_bytes()):
+        return None, f"{path} is damaged: it was cut short. {_REBUILD}"
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         return None, f"{path} does not load into torch {torch.__version__}: {error}. {_REBUILD}"
     if _forked:
         torch.ops.torchcalc.run_serially()
+        torch.set_num_threads(1)
     return path, ""
+
+
+def _is_whole(library: bytes) -> bool:
+    """Whether an ELF file reaches to the end of its section table: mapping one that was cut short ends the process."""
+    if library[:5] != b"\x7fELF\x02":
+        return True  # a Mach-O file, say; what is no library at all is refused by the loader
+    if len(library) < 64:
+        return False
+    order = "<" if library[5] == 1 else ">"
+    (table,) = struct.unpack_from(f"{order}Q", library, 40)
+    size, count = struct.unpack_from(f"{order}HH", library, 58)
+    return bool(table + size * count <= len(library))
 
 
 def _find() -> tuple[Path | None, str]:
@@ -87,10 +103,13 @@ def _find() -> tuple[Path | None, str]:
 
 def _note_fork() -> None:
     # A forked child has none of torch's pool threads, and OpenMP would wait for them for ever. A library that is already
-    # loaded notices by itself; one that the child loads later is told.
+    # loaded notices by itself; one that the child loads later is told. torch itself, which makes the state at a first
+    # step, is told as DataLoader's workers tell it.
     global _forked, _lock
     _forked = True
     _lock = threading.Lock()  # another thread of the parent may have held it
+    if _library is not None:
+        torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):

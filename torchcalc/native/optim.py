@@ -68,12 +68,19 @@ class Bound:
             with torch.no_grad():
                 self._handle: int = ops.bind.default(self.params, self.state, self.steps)
         except (RuntimeError, NotImplementedError):  # tensors that torch does not hand to kernels as they are
-            self._handle = 0  # no group has this number: every step is UNSUPPORTED
+            self._handle = 0  # no group has this number: every step is UNSUPPORTED, every place refused
         else:
             weakref.finalize(self, ops.unbind.default, self._handle).atexit = False
 
     def __reduce__(self) -> tuple[object, ...]:
         return Bound, (self.params, self.state, self.steps)
+
+    def refused(self, grads: Sequence[Tensor]) -> list[int]:
+        """The places of those parameters that no kernel takes, as they, their gradients and their state are."""
+        if not self._handle:
+            return list(range(len(self.params)))
+        places: list[int] = torch.ops.torchcalc.refused.default(self._handle, grads)
+        return places
 
     def adam_(
         self,

@@ -72,14 +72,25 @@ def _times(g: Any, factor: float | Tensor) -> Any:
 
 
 def check_extras(max_norm: float | None, skip_nonfinite: bool, rounding: str) -> None:
-    if max_norm is not None and not (max_norm >= 0 and math.isfinite(max_norm)):
-        raise ValueError(f"Invalid max_norm: {max_norm}; it must be a finite number >= 0, or None to clip nothing")
+    if max_norm is not None and not max_norm >= 0:
+        raise ValueError(f"Invalid max_norm: {max_norm}; it must be >= 0 (inf only measures), or None to clip nothing")
     if rounding not in ROUNDINGS:
         raise ValueError(f"Invalid rounding: {rounding!r}; use one of {ROUNDINGS}")
 
 
+def check_group_extras(group: dict[str, Any]) -> None:
+    """They are the optimizer's, since a norm is one of all groups: refused where they would change nothing."""
+    for name in ("max_norm", "skip_nonfinite", "rounding"):
+        if name in group:
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group; it is for all groups: pass it to the optimizer"
+            )
+
+
 def clip_coefficient(norm: float | Tensor, max_norm: float) -> float | Tensor:
     """(1); on the host if norm is a number."""
+    if max_norm == math.inf:
+        return 1.0
     if isinstance(norm, Tensor):
         return (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
     if math.isnan(norm):
@@ -99,10 +110,6 @@ class Norm(NamedTuple):
 
 def global_norm(grads: list[Tensor]) -> Norm:
     """The 2-norm of all gradients together, over all shards of DTensors: every rank gets the same."""
-    if native.available() and all(map(_is_plain, map(type, grads))):
-        fast = grad_norm(grads)  # the kernel itself refuses what is not dense and on the CPU
-        if fast is not None:
-            return Norm(fast.squared**0.5, fast.finite)
     distributed = sys.modules.get("torch.distributed.tensor")
     plain: list[Tensor] = []
     sharded: dict[Any, list[Tensor]] = defaultdict(list)
@@ -118,7 +125,9 @@ def global_norm(grads: list[Tensor]) -> Norm:
         squared, finite = _squared(locals_)
         total = torch.stack([torch.as_tensor(squared), 1.0 - torch.as_tensor(finite).double()]).to(locals_[0].device)
         for dim, placement in enumerate(placements):
-            if placement.is_shard():
+            if (
+                not placement.is_replicate()
+            ):  # a shard: also the strided one of two-dimensional sharding, which is no Shard
                 torch.distributed.all_reduce(total, group=mesh.get_group(dim))
         on_host = total.is_cpu
         parts.append((total[0].item(), total[1].item() == 0) if on_host else (total[0], total[1] == 0))
@@ -136,14 +145,14 @@ def _on_one(x: Any, parts: list[Any]) -> Any:
 
 
 def _squared(grads: list[Tensor]) -> tuple[Any, Any]:
-    """(Σ g², all finite) of plain tensors, in float64: the squares of finite float32 do not overflow there."""
-    grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
-    grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
-    on_host = all(g.is_cpu for g in grads)
-    if on_host and native.available():
-        fast = grad_norm(grads)
+    """(Σ g², all finite) of all but DTensors, in float64: the squares of finite float32 do not overflow there."""
+    if native.available() and all(map(_is_plain, map(type, grads))):
+        fast = grad_norm(grads)  # the kernel itself refuses what is not dense, real and on the CPU
         if fast is not None:
             return fast
+    grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
+    grads = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
+    on_host = all(g.is_cpu for g in grads)
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).to(grads[0].device) for g in grads])
     squared = norms.square().sum()
     finite = squared.isfinite()
@@ -154,7 +163,7 @@ def _squared(grads: list[Tensor]) -> tuple[Any, Any]:
 
 def draw_seed() -> int:
     """Drawn from torch's generator: torch.manual_seed makes stochastic rounding reproducible."""
-    return int(torch.randint(2**62, ()).item())
+    return int(torch.randint(2**62, (), device="cpu").item())
 
 
 def round_stochastically_(p: Tensor, x: Tensor) -> None:

@@ -2,13 +2,13 @@
 
 Most of what a step asks does not change between steps: which parameters have a gradient, which tensors are their state,
 whether a kernel takes them. A :class:`Plan` remembers the answers, and checks at each step, by identity, that they
-still hold. What tensors hold (a moved parameter, a gradient of other strides) is checked by the kernel itself before
-it writes.
+still hold; the driver keeps one for each set of parameters that has had gradients of late. What tensors hold (a moved
+parameter, a gradient of other strides) is checked by the kernel itself before it writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
@@ -19,9 +19,9 @@ from torch import Tensor
 from torchcalc import native
 from torchcalc.native.optim import DONE, Bound
 
-__all__ = ["DONE", "Plan", "fits", "is_wanted"]
+__all__ = ["DONE", "Plan", "is_wanted"]
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_wanted(group: dict[str, Any]) -> bool:
@@ -36,65 +36,52 @@ def is_wanted(group: dict[str, Any]) -> bool:
     )
 
 
-def fits(tensors: list[Tensor]) -> bool:
-    """Whether a kernel takes [p, g, *slots]: plain dense CPU tensors of equal strides."""
-    p = tensors[0]
-    return (
-        p.dtype in DTYPES
-        and tensors[1].dtype == p.dtype
-        and all(
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.is_cpu
-            and t.layout == torch.strided
-            and t.shape == p.shape
-            and t.stride() == p.stride()
-            and t.dtype in (p.dtype, torch.float32)
-            for t in tensors
-        )
-        and is_dense(p)
-    )
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one block of memory, in any order of the dimensions."""
-    expected = 1
-    for size, stride in sorted(zip(t.shape, t.stride(), strict=True), key=itemgetter(1)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
 class Plan:
     """Which parameters of a group a kernel steps, bound to their state; and which are left to the rule."""
 
-    def __init__(self, entries: list[Any], state: dict[Tensor, Any], keys: tuple[str, ...], counts_steps: bool) -> None:
-        """Entries of all parameters with a gradient; the optimizer's state; the state keys of the slots."""
-        params = [e.p for e in entries]
-        self.places = [i for i, e in enumerate(entries) if fits([e.p, e.g, *e.slots])]
-        self.rest: Sequence[int] = sorted(set(range(len(entries))) - set(self.places))
-        ours = [entries[i] for i in self.places]
-        slots = list(chain.from_iterable(zip(*(e.slots for e in ours), strict=True)))
-        self.bound = Bound([e.p for e in ours], slots, [e.state["step"] for e in ours] if counts_steps else [])
-
+    def __init__(self, entries: list[Any], keys: tuple[str, ...], counts_steps: bool) -> None:
+        """Entries of all parameters with a gradient; the state keys of the slots."""
         self.keys = keys
         keys = (*keys, "step") if counts_steps else keys
         self.read = itemgetter(*keys) if len(keys) > 1 else lambda state: [state[k] for k in keys]
         self.states = [e.state for e in entries]
-        self.counts = len(params), len(state)
-        self.objects = list(self._objects(params, state))
+        self.count = len(entries)
+        self.objects = list(self._objects([e.p for e in entries]))
 
-    def _objects(self, params: list[Tensor], state: dict[Tensor, Any]) -> Iterable[Any]:
-        return chain(params, state.values(), chain.from_iterable(map(self.read, self.states)))
+        def bind(places: list[int]) -> Bound:
+            ours = [entries[i] for i in places]
+            slots = list(chain.from_iterable(zip(*(e.slots for e in ours), strict=True)))
+            return Bound([e.p for e in ours], slots, [e.state["step"] for e in ours] if counts_steps else [])
 
-    def holds(self, params: list[Tensor], state: dict[Tensor, dict[str, Any]], keys: tuple[str, ...]) -> bool:
-        """Whether these are still the parameters with a gradient, the slots, and the plan's tensors their state."""
+        tensors = [(e.p, e.g, *self.read(e.state)) for e in entries]
+        self.places = [i for i, each in enumerate(tensors) if all(type(t) in PLAIN for t in each)]
+        self.bound = bind(self.places)
+        if refused := self.bound.refused([entries[i].g for i in self.places]):
+            self.places = [i for k, i in enumerate(self.places) if k not in refused]
+            self.bound = bind(self.places)
+        self.rest = sorted(set(range(len(entries))) - set(self.places))
+        self.looks = [_look(entries[i].p) for i in self.rest]
+
+    def _objects(self, params: list[Tensor]) -> Iterable[Any]:
+        return chain(params, chain.from_iterable(map(self.read, self.states)))
+
+    def holds(self, params: list[Tensor], keys: tuple[str, ...]) -> bool:
+        """Whether these are still the parameters with a gradient, the slots, and the plan's tensors what is in them."""
         try:
             return (
                 keys == self.keys
-                and (len(params), len(state)) == self.counts
-                and all(map(is_, self._objects(params, state), self.objects))
+                and len(params) == self.count
+                and all(map(is_, self._objects(params), self.objects))
+                and all(_look(params[i]) == look for i, look in zip(self.rest, self.looks, strict=True))
             )
         except KeyError:  # a slot was deleted
             return False
+
+
+def _look(p: Tensor) -> list[Any]:
+    """What a kernel that did not take p, with its gradient, may have minded: it is asked again once this changes."""
+    return [
+        (type(t), t.dtype, t.device, t.layout, t.stride() if t.layout == torch.strided else None)
+        for t in (p, p.grad)
+        if t is not None
+    ]

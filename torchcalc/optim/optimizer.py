@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from torchcalc.optim.extras import (
     NORMAL,
     Scaling,
     check_extras,
+    check_group_extras,
     clip_coefficient,
     draw_seed,
     global_norm,
@@ -48,6 +50,8 @@ from torchcalc.optim.tensor_list import Recorded, TensorList
 __all__ = ["Optimizer", "ParamsT"]
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+MOST_PLANS = 8  # remembered for each group, where the parameters that have a gradient change from step to step
 
 
 def without_dynamo(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,7 +112,7 @@ class Optimizer(torch.optim.Optimizer):
                 "neither; leave them out, and clip by differentiable operations before the step"
             )
         self.max_norm, self.skip_nonfinite, self.rounding = max_norm, skip_nonfinite, rounding
-        self._plans: dict[int, Plan] = {}
+        self._forget()
         super().__init__(params, defaults)
         if defaults.get("fused"):  # only then: with it Lightning refuses gradient_clip_val under 16-mixed
             self._step_supports_amp_scaling = True
@@ -168,6 +172,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):
             warn_of_misspelling(param_group, self.defaults)
+            check_group_extras(param_group)
             param_group = {**self.defaults, **param_group}
             self.check(param_group)
             lr = param_group["lr"]
@@ -178,13 +183,19 @@ class Optimizer(torch.optim.Optimizer):
     zero_grad = without_dynamo(torch.optim.Optimizer.zero_grad)
     state_dict = without_dynamo(torch.optim.Optimizer.state_dict)
 
+    def _forget(self) -> None:
+        """Drop what is remembered from step to step."""
+        self._plans: dict[tuple[int, bytes], Plan] = {}  # by group, and by which of its parameters have a gradient
+        self._states: list[dict[str, Any]] = []  # each parameter's state: the very dicts that the plans read
+        self._new_plans = False
+
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_norm", "skip_nonfinite", "rounding", "grad_norm", "skipped_steps")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._forget()
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -218,14 +229,19 @@ class Optimizer(torch.optim.Optimizer):
         grad_scale = getattr(self, "grad_scale", None)  # GradScaler lends these two for the time of a fused step
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
+            self.skipped_steps += self.skip_nonfinite
             return
         scaling = self._scaling(grad_scale)
         if scaling is None:
             self.skipped_steps += 1
             return
+        if self._plans and not same(self._states, self.state.values()):
+            self._plans.clear()
         steps = [self._prepare(i, group) for i, group in enumerate(self.param_groups)]  # each may raise; then all run
-        for step in steps:
-            step(scaling)
+        if self._new_plans:
+            self._new_plans, self._states = False, list(self.state.values())
+        for i, step in enumerate(steps):  # a seed for each group: a kernel counts the places within its group only
+            step(scaling if scaling.seed is None else scaling._replace(seed=scaling.seed + i))
 
     def _scaling(self, grad_scale: Tensor | None) -> Scaling | None:
         """What max_norm, skip_nonfinite and rounding make of this step; None to skip it."""
@@ -244,29 +260,35 @@ class Optimizer(torch.optim.Optimizer):
 
     def _prepare(self, index: int, group: dict[str, Any]) -> Callable[[Scaling], None]:
         """Find out how the group goes, and raise if it cannot; the step itself is then run by what is returned."""
-        params = group["params"]
-        grads = [g for g in [p.grad for p in params] if g is not None]
+        params, pattern = group["params"], b""
+        found = [p.grad for p in params]
+        grads = [g for g in found if g is not None]
         if len(grads) != len(params):
-            params = [p for p in params if p.grad is not None]
+            pattern = bytes([g is not None for g in found])
+            params = [p for p, g in zip(params, found, strict=True) if g is not None]
         if not grads:
             return lambda scaling: None
         if self.native is None or not is_wanted(group):
             entries = self._entries(group, params)
             return lambda scaling: self._step_group(group, entries, scaling)
 
-        plan, made, first = self._plans.get(index), None, []
+        key = index, pattern
+        plan, made, first = self._plans.get(key), None, []
         keys = tuple(self.slots(group).values())
-        if plan is None or not plan.holds(params, self.state, keys):
+        if plan is None or not plan.holds(params, keys):
             made = self._entries(group, params)
-            plan = self._plans[index] = Plan(made, self.state, keys, self.counts_steps)
+            if len(self._plans) >= MOST_PLANS * len(self.param_groups):
+                self._plans.clear()
+            plan = self._plans[key] = Plan(made, keys, self.counts_steps)
+            self._new_plans = True
             first = [i for i, place in enumerate(plan.places) if made[place].first]
 
         def run(scaling: Scaling) -> None:
             assert self.native is not None
-            rest = plan.rest
+            rest: Sequence[int] = plan.rest
             kernel_grads = [grads[i] for i in plan.places] if rest else grads
             if kernel_grads and self.native(plan.bound, kernel_grads, group, first, scaling) != DONE:
-                del self._plans[index]  # a tensor has moved, or a gradient has other strides
+                self._plans.pop(key, None)  # a tensor has moved, or a gradient has other strides
                 rest = range(len(params))
             if rest:
                 entries = made or self._entries(group, params)
@@ -365,6 +387,11 @@ class Optimizer(torch.optim.Optimizer):
 
 
 # Parts of the driver that need nothing of it.
+
+
+def same(a: Collection[Any], b: Collection[Any]) -> bool:
+    """Whether they hold the same objects."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def to_scalar(x: Any) -> Any:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from torchcalc.native.optim import Bound
@@ -170,4 +171,6 @@ class SGD(Optimizer):
         return {"b": "momentum_buffer"} if group["momentum"] != 0 else {}
 
     def new_slot(self, key: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
-        return g.detach().clone()  # sgd fills it; as in torch it has the gradient's layout, sparse ones included
+        return torch.zeros_like(
+            g.detach()
+        )  # sgd fills it; as in torch it has the gradient's layout, sparse ones included

@@ -5,29 +5,28 @@
 
 namespace torchcalc {
 
-bool Group::describe_items(const TensorList& grads, int slots, std::vector<Item>& out) {
-  const int64_t n = params_.size();
-  if (grads.size() != n || state_.size() != slots * n || (has_steps() && steps_.size() != n)) return false;
-  out.resize(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
-    Item& item = out[static_cast<size_t>(i)];
-    Dense param, other;
-    if (!describe(params_[i], Access::write, param)) return false;
-    if (!describe(grads[i], Access::read, other) || other.dtype != param.dtype || !other.same_layout(param)) return false;
-    item.param = param.data;
-    item.grad = other.data;
-    item.numel = param.numel;
-    item.index = i;
-    item.dtype = item.slot_dtype = param.dtype;
-    for (int s = 0; s < slots; ++s) {
-      if (!describe(state_[s * n + i], Access::write, other) || !other.same_layout(param)) return false;
-      if (s > 0 && other.dtype != item.slot_dtype) return false;
-      item.slot[s] = other.data;
-      item.slot_dtype = other.dtype;
-    }
-    if (has_steps() && !describe(steps_[i], Access::write, item.step)) return false;
+bool Group::fits(const TensorList& grads, int slots) const {
+  const int64_t n = size();
+  return grads.size() == n && state_.size() == slots * n && (!has_steps() || steps_.size() == n);
+}
+
+bool Group::describe_item(const TensorList& grads, int slots, int64_t i, Item& out) const {
+  Dense param, other;
+  if (!describe(params_[i], Access::write, param)) return false;
+  if (!describe(grads[i], Access::read, other) || other.dtype != param.dtype || !other.same_layout(param)) return false;
+  out.param = param.data;
+  out.grad = other.data;
+  out.numel = param.numel;
+  out.index = i;
+  out.dtype = out.slot_dtype = param.dtype;
+  for (int s = 0; s < slots; ++s) {
+    if (!describe(state_[s * size() + i], Access::write, other) || !other.same_layout(param)) return false;
+    if (s > 0 && other.dtype != out.slot_dtype) return false;
+    out.slot[s] = other.data;
+    out.slot_dtype = other.dtype;
   }
-  return true;
+  if (has_steps() && !describe(steps_[i], Access::write, out.step)) return false;
+  return with_types(out.dtype, out.slot_dtype, [](auto, auto) {});
 }
 
 // No element that is written may be read or written through another tensor. Parameters and state rarely move, so they are
@@ -77,7 +76,23 @@ bool Group::disjoint(const std::vector<Item>& items, int slots) {
 }
 
 bool Group::items(const TensorList& grads, int slots, std::vector<Item>& out) {
-  return describe_items(grads, slots, out) && disjoint(out, slots);
+  if (!fits(grads, slots)) return false;
+  out.resize(static_cast<size_t>(size()));
+  for (int64_t i = 0; i < size(); ++i) {
+    if (!describe_item(grads, slots, i, out[static_cast<size_t>(i)])) return false;
+  }
+  return disjoint(out, slots);
+}
+
+std::vector<int64_t> Group::refused(const TensorList& grads) {
+  const int slots = this->slots();
+  const bool comparable = slots <= max_slots && fits(grads, slots);
+  std::vector<int64_t> places;
+  Item item;
+  for (int64_t i = 0; i < size(); ++i) {
+    if (!comparable || !describe_item(grads, slots, i, item)) places.push_back(i);
+  }
+  return places;
 }
 
 Status StepOptions::prepare(bool maximize, StepHyper& out) const {
@@ -123,6 +138,13 @@ std::shared_ptr<Group> bound(int64_t handle) {
   return found == r.groups.end() ? nullptr : found->second;
 }
 
+static std::vector<int64_t> refused(int64_t handle, TensorList grads) {
+  const std::shared_ptr<Group> group = bound(handle);
+  if (!group) return {};
+  const std::lock_guard<std::mutex> lock(group->mutex);
+  return group->refused(grads);
+}
+
 static bool unbind(int64_t handle) {
   std::shared_ptr<Group> group;  // dies after the lock is released: its tensors may belong to Python objects
   Registry& r = registry();
@@ -139,10 +161,12 @@ static bool unbind(int64_t handle) {
 STABLE_TORCH_LIBRARY_FRAGMENT(torchcalc, m) {
   // Marked as written to, which they will be: torch then refuses lazily negated tensors instead of binding copies of them.
   m.def("bind(Tensor(a!)[] params, Tensor(b!)[] state, Tensor(c!)[] steps) -> int");
+  m.def("refused(int handle, Tensor[] grads) -> int[]");
   m.def("unbind(int handle) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torchcalc, CompositeExplicitAutograd, m) {
   m.impl("bind", TC_BOX(torchcalc::bind));
+  m.impl("refused", TC_BOX(torchcalc::refused));
   m.impl("unbind", TC_BOX(torchcalc::unbind));
 }

@@ -43,6 +43,9 @@ class Group {
   // `p.data = ...`, `resize_` and `set_` change them under our handles.
   bool items(const TensorList& grads, int slots, std::vector<Item>& out);
 
+  // The places of those that have no kernel, whatever becomes of the others.
+  std::vector<int64_t> refused(const TensorList& grads);
+
   int64_t size() const { return params_.size(); }
   int slots() const { return size() == 0 ? -1 : static_cast<int>(state_.size() / size()); }
   bool has_steps() const { return steps_.size() > 0; }
@@ -51,7 +54,8 @@ class Group {
 
  private:
   using Interval = std::pair<uintptr_t, uintptr_t>;
-  bool describe_items(const TensorList& grads, int slots, std::vector<Item>& out);
+  bool fits(const TensorList& grads, int slots) const;  // so many of each
+  bool describe_item(const TensorList& grads, int slots, int64_t i, Item& out) const;
   bool disjoint(const std::vector<Item>& items, int slots);
 
   TensorList params_, state_, steps_;
