@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
+from zipfile import is_zipfile
 
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -77,11 +78,22 @@ class RecipeCLI(LightningCLI):
     ):
         self.name = name
         tidy_output()
+        try:
+            self.start(name, model, data, args)
+        except MisconfigurationException as error:  # of the trainer or a callback, before training
+            if debugging():
+                raise
+            fail(f"{' '.join(str(error).split())} (JSONARGPARSE_DEBUG=true shows the traceback)")
+
+    def start(
+        self, name: str, model: type[LightningModule], data: type[LightningDataModule] | None, args: list[str]
+    ) -> None:
         super().__init__(
             model,
             data,
             args=args,
             parser_class=Parser,
+            auto_configure_optimizers=model.configure_optimizers is LightningModule.configure_optimizers,
             parser_kwargs={command: {"default_config_files": [str(CONFIGS / f"{name}.yaml")]} for command in COMMANDS},
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its own folder
@@ -109,6 +121,8 @@ class RecipeCLI(LightningCLI):
             return
         if not Path(path).is_file():
             fail(f"ckpt_path: there is no file {str(path)!r}")
+        if not is_zipfile(path):
+            fail(f"ckpt_path: {str(path)!r} is no checkpoint, or was cut short")
         run = Path(short(path)).parent.parent
         if not (run / "config.yaml").is_file():
             return
@@ -155,6 +169,7 @@ class RecipeCLI(LightningCLI):
             tensorboard = Path(sys.executable).with_name("tensorboard")
             report.append(("run", short(logger.log_dir)))
             report.append(("TensorBoard", f"{short(tensorboard)} --logdir {short(logger.root_dir)}"))
+            report.append(("dashboard", "its tab Custom Scalars: http://localhost:6006/#custom_scalars"))
         print("\n" + "\n".join(f"{what:<16} {value}" for what, value in report))
 
 

@@ -9,6 +9,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from recipes.idx import read_mnist
@@ -96,3 +97,7 @@ class Diabetes(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(self.test, len(self.test))
+
+    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        """They are float64, for the closed form; the model learns in its own dtype."""
+        return [tensor.to(self.trainer.lightning_module.dtype) for tensor in batch]  # type: ignore[union-attr]

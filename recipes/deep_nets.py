@@ -68,6 +68,8 @@ def gain(kind: str) -> float:
     return math.sqrt(VARIANCE[kind] * density @ derivative(f)(math.sqrt(q) * z) ** 2)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def weight_gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[float]:
     """Norm of the gradient of each linear layer's weights, from input to output, in float64: float32 ends at 1e-45."""
     net = deepcopy(net).cpu().double()

@@ -4,6 +4,7 @@
 digits, and leaves a figure, curves of each kind and a heat map of the gradients in TensorBoard.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from recipes.cli import RecipeCLI
 from recipes.data import Digits
 from recipes.deep_nets import VARIANCE, deep_net, gain, weight_gradients
-from recipes.depth_figure import depth_figure
+from recipes.depth_figure import FLOAT32, depth_figure
+from recipes.errors import fail
 from torchcalc.nn import CrossEntropyLoss
 
 
@@ -39,6 +42,7 @@ class Depth(LightningModule):
         self.nets = nn.ModuleDict({f"{kind}_{depth}": deep_net(kind, depth, width) for kind, depth in sizes})
         self.gain = {kind: gain(kind) for kind in VARIANCE}
         self.gradients: dict[str, list[float]] = {}  # norm by layer at initialisation
+        self.first: dict[str, Tensor] = {}  # norm at the first layer's weights, at the last step
         self.accuracy: dict[str, float] = {}
         self.writers: dict[str, SummaryWriter] = {}
         self.forget()
@@ -51,7 +55,11 @@ class Depth(LightningModule):
     def on_fit_start(self) -> None:
         if not self.gradients:  # a resumed run's come with its checkpoint
             x, y = self.trainer.datamodule.train[:256]  # type: ignore[attr-defined]
+            if x[0].numel() != 64:
+                fail(f"data.folder: its images have {x[0].numel()} pixels, and these nets take 8 x 8; leave it out")
             self.gradients = {name: weight_gradients(net, x, y) for name, net in self.nets.items()}
+
+    on_test_start = on_fit_start  # of nets that were not trained
 
     def on_train_start(self) -> None:
         if isinstance(self.logger, TensorBoardLogger):  # a run for each kind: the curves of a depth share a chart
@@ -67,6 +75,10 @@ class Depth(LightningModule):
         losses = torch.stack([self.loss(net(batch[0]), batch[1]) for net in self.nets.values()])
         self.log("loss/train", losses.mean(), on_step=False, on_epoch=True, prog_bar=True)
         return losses.sum()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        weights = {name: next(net.parameters()) for name, net in self.nets.items()}
+        self.first = {name: weight.grad.norm() for name, weight in weights.items() if weight.grad is not None}
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         logits = self.evaluate(batch)
@@ -87,7 +99,11 @@ class Depth(LightningModule):
         self.accuracy = dict(zip(self.nets, (self.right / self.count).tolist(), strict=True))
         for kind, writer in self.writers.items():
             for depth in self.depths:
-                writer.add_scalar(f"accuracy/{depth} layers", self.accuracy[f"{kind}_{depth}"], self.global_step)
+                name = f"{kind}_{depth}"
+                writer.add_scalar(f"accuracy/{depth} layers", self.accuracy[name], self.global_step)
+                if name in self.first:
+                    norm = max(self.first[name].item(), FLOAT32)
+                    writer.add_scalar(f"first_gradient_log10/{depth} layers", math.log10(norm), self.global_step)
             writer.flush()
 
     def on_test_epoch_end(self) -> None:

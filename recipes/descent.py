@@ -22,6 +22,7 @@ from recipes.descent_figures import Walk, draw_paths, sweep_figure, sweep_table
 from recipes.errors import did_you_mean
 from torchcalc.calculus import curvature
 from torchcalc.convergence import SURFACES, Surface, stability_limit
+from torchcalc.instruments import layout
 from torchcalc.optim import SGD, Adam, GradientDescent, Optimizer, RMSprop
 
 METHODS: dict[str, Callable[..., Optimizer]] = {
@@ -40,8 +41,8 @@ class Descent(LightningModule):
 
     Args:
         lr: learning rate by surface and method; of ``backtracking`` the largest that is tried.
-        sweep: learning rates of the sweep, as parts of the largest stable one.
-        steps: steps of each descent.
+        sweep: learning rates of the sweep, as parts of the largest stable one; at least one.
+        steps: steps of each descent, at least 30: fewer do not tell a walk that converges from one that does not.
         frames: pictures in an animation, at most; they take most of the time.
     """
 
@@ -53,6 +54,10 @@ class Descent(LightningModule):
         frames: PositiveInt = 60,
     ):
         super().__init__()
+        if not sweep or steps < 30:
+            raise ValueError(
+                f"sweep: {sweep}, steps: {steps}; give at least one part of the limit, and at least 30 steps"
+            )
         self.automatic_optimization = False
         self.steps, self.frames = steps, frames
         for name, known in [(name, SURFACES) for name in lr] + [
@@ -100,7 +105,9 @@ class Descent(LightningModule):
                 for walk in (walk for walk in descents if walk.method == method):
                     for step, gap in enumerate(walk.gaps.clamp(min=1e-16).log10().tolist()):
                         writer.add_scalar(f"gap_log10/{walk.surface}", gap, step)
-        for name in dict.fromkeys(walk.surface for walk in descents):
+        surfaces = list(dict.fromkeys(walk.surface for walk in descents))
+        tensorboard.add_custom_scalars(layout(f"gap_log10/{name}" for name in surfaces))
+        for name in surfaces:
             draw_paths(name, [walk for walk in descents if walk.surface == name], folder, tensorboard, self.frames)
         figure = sweep_figure(self.sweep)
         figure.savefig(folder / "sweep.png")

@@ -15,8 +15,8 @@ from torchcalc.convergence import SURFACES
 from torchcalc.instruments import animate_paths, contour_figure
 from torchcalc.instruments.figures import COLOURS, INK, new_figure, quiet
 
-# Paths of the first method that a sweep's figure shows, by lr / limit; the words are gradient descent's.
-SHOWN = {0.02: "crawls", 0.5: "stops in the valley, then walks", 0.98: "overshoots, and arrives", 1.02: "diverges"}
+# Paths of the first method, gradient descent, that a sweep's figure shows: those nearest to these parts of the limit.
+SHOWN = (0.02, 0.5, 0.98, 1.02)
 
 
 @dataclass
@@ -44,6 +44,18 @@ class Walk:
         """
         third = max(1, len(self.path) // 3)
         return float((self.gaps[-third:].max() / self.gaps[-2 * third : -third].max()) ** (0.5 / third))
+
+    @property
+    def manner(self) -> str:
+        """How gradient descent goes down the bowl, in words: across the valley at first, y being the steep direction."""
+        y = torch.stack(self.path)[:, 1]
+        if self.growth >= 1:
+            return "diverges"
+        if abs(y[1]) < 0.01 * abs(y[0]):
+            return "stops in the valley, then walks"
+        if (y[1:] * y[:-1] < 0).any():
+            return "overshoots, and arrives"
+        return "crawls" if self.growth > 0.99 else "walks"
 
 
 def draw_paths(name: str, walks: Iterable[Walk], folder: Path, tensorboard: SummaryWriter, frames: int) -> None:
@@ -76,17 +88,19 @@ def sweep_figure(sweep: Sequence[Walk]) -> Figure:
     """Draw some of the first method's paths, and below how fast every method is at each learning rate."""
     figure, _ = new_figure(11, 6.5)
     figure.clear()
-    grid = figure.add_gridspec(2, len(SHOWN), height_ratios=(1, 1.3))
     f, first = SURFACES[sweep[0].surface], [walk for walk in sweep if walk.method == sweep[0].method]
-    for column, (part, word) in enumerate(SHOWN.items()):
-        walk = min(first, key=lambda walk: abs(walk.lr / walk.limit - part))
+    shown = {
+        i for part in SHOWN for i in [min(range(len(first)), key=lambda i: abs(first[i].lr / first[i].limit - part))]
+    }
+    grid = figure.add_gridspec(2, len(shown), height_ratios=(1, 1.3))
+    for column, walk in enumerate(first[i] for i in sorted(shown)):
         ax = figure.add_subplot(grid[0, column])
         quiet(ax)
         contour_figure(f, f.bounds, {walk.method: torch.stack(walk.path)[:40]}, f.minima, labels=("", ""), ax=ax)
         if legend := ax.get_legend():
             legend.remove()
         ax.set(xticks=[], yticks=[])
-        ax.set_title(f"{walk.method} at {walk.lr / walk.limit:.2f} × limit\n{word}", fontsize=9)
+        ax.set_title(f"{walk.method} at {walk.lr / walk.limit:.2f} × limit\n{walk.manner}", fontsize=9)
     ax = figure.add_subplot(grid[1, :])
     quiet(ax)
     ax.axhspan(1, 2, color="#F6E9E3", linewidth=0, zorder=0)

@@ -13,6 +13,7 @@ from typing import NoReturn
 # Lines that repeat the type annotation or what stands elsewhere in the report.
 _NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:|Given value type: |Given value: NestedArg|"
+    r"Not a valid subclass of |Subclass types expect |a class path \(str\)|a dict with|"
     r"Expected a path but |Expected a <class 'NoneType'>|Expected a <class 'collections.abc.\w+'>"
 )
 
@@ -88,7 +89,8 @@ def _parameters(class_path: str) -> list[str]:
 
 def blame(error: Exception) -> str:
     """Name the class whose constructor refused its arguments, and what it said, in one line."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = str(error) or type(error).__name__
+    said = one_line(said) if said.startswith("Does not validate") else " ".join(said.split())
     for frame, _ in reversed(list(walk_tb(error.__traceback__))):
         cls = type(frame.f_locals.get("self"))
         if frame.f_code.co_name == "__init__" and not cls.__name__.startswith("_"):

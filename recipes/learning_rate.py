@@ -72,6 +72,10 @@ class Sweep(LightningModule):
         optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
         if not isinstance(optimizer, SGD | GradientDescent | torch.optim.SGD):
             fail(f"optimizer: {type(optimizer).__name__}'s limit moves with its state; use SGD or GradientDescent")
+        if getattr(optimizer, "backtrack", False):
+            fail("optimizer.backtrack: true finds steps of its own, and a sweep compares given ones; set it to false")
+        if self.trainer.estimated_stepping_batches < 4:
+            fail(f"data.steps: {self.trainer.estimated_stepping_batches} in all; a curve of at least 4 has a verdict")
         low, high = self.runs[0].lr, self.runs[-1].lr
         self.range_test = range_test(self.nets[0], self.loss, self.batch, optimizer, low=low, high=high)
         start = self.sharpness(self.nets[0])

@@ -18,6 +18,7 @@ from torchcalc.convergence import RangeTest, predict, verdict
 from torchcalc.instruments.figures import quiet
 
 COLOURS = {"crawls": "#E69F00", "converges": "#009E73", "oscillates": "#0072B2", "diverges": "#D55E00"}
+TINY = 1e-45  # float32's smallest number, for a loss of zero
 HEAD = ("lr", "lr / limit", "predicted", "seen", "why not as predicted")
 
 
@@ -35,7 +36,9 @@ class Run:
     @cached_property
     def predicted(self) -> str:
         """Crawls, if the slope at the start, kept up to the end, would not halve the loss; otherwise what λ says."""
-        return "crawls" if self.promised < 0.5 else predict(self.lr, self.limit, len(self.losses)).label
+        if self.lr < self.limit and self.promised < 0.5:
+            return "crawls"
+        return predict(self.lr, self.limit, len(self.losses)).label
 
     @cached_property
     def seen(self) -> str:
@@ -53,13 +56,13 @@ class Run:
             return ""
         known = [value for value in self.sharpness if math.isfinite(value)]
         first, last, most, stable = known[0], known[-1], max(known), known[0] * self.limit / self.lr
+        if most > stable and self.predicted != "diverges":
+            return f"λ grew from {first:.2g} to {most:.2g}; stable up to {stable:.2g}"
         if "crawls" in (self.predicted, self.seen):
             return f"the slope changed: at the start it promised a fall by {self.promised:.0%}"
-        if self.seen == "diverges" or self.predicted == "converges":
-            return f"λ grew from {first:.2g} to {most:.2g}; stable up to {stable:.2g}"
         if self.predicted == "oscillates":
             return f"the overshoots, by {2 * self.lr / self.limit - 1:.0%} of the error a step, die out"
-        if last < stable:
+        if last < stable < first:
             return f"λ fell from {first:.2g} to {last:.2g}; stable up to {stable:.2g}"
         return f"λ stays at {last:.2g}, stable up to {stable:.2g}, but far from a minimum the loss is no parabola"
 
@@ -85,7 +88,9 @@ def write_curves(folder: str, runs: Sequence[Run], every: int) -> None:
     for run in runs:
         with SummaryWriter(f"{folder}/lr={short(run.lr)}") as writer:
             for step, loss in enumerate(run.losses):
-                writer.add_scalar("sweep/loss_log10", math.log10(loss) if loss > 0 else loss, step)
+                writer.add_scalar(
+                    "sweep/loss_log10", math.log10(max(loss, TINY)) if math.isfinite(loss) else loss, step
+                )
             for i, sharpness in enumerate(run.sharpness):
                 writer.add_scalar("sweep/sharpness", sharpness, i * every)
 

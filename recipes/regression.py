@@ -55,7 +55,8 @@ class LinearRegression(LightningModule):
             sharpness = float(bend * torch.linalg.eigvalsh(a.T @ a / len(a))[-1])
             if not isinstance(optimizer, SGD | GradientDescent | torch.optim.SGD) or sharpness == 0:
                 fail(
-                    "model.step needs SGD or GradientDescent and a loss curved at 0: set model.step=null, optimizer.lr"
+                    "model.step needs SGD or GradientDescent and a loss curved at 0, not "
+                    f"{type(optimizer).__name__} and {type(self.loss).__name__}: set model.step=null, optimizer.lr"
                 )
             for group in optimizer.param_groups:
                 group["lr"] = self.step * stability_limit(optimizer, sharpness)

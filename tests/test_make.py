@@ -50,5 +50,5 @@ def test_make_train_ends_with_the_report(tmp_path):
     settings = f"--trainer.max_epochs=1 --trainer.logger.init_args.save_dir={tmp_path}"
     *_, report = make("train", f"ARGS={settings}").rstrip().rpartition("\n\n")
     names = [line.split("  ")[0] for line in report.splitlines()]
-    assert names == ["test loss", "test accuracy", "best checkpoint", "run", "TensorBoard"]
+    assert names == ["test loss", "test accuracy", "best checkpoint", "run", "TensorBoard", "dashboard"]
     assert (tmp_path / "digits/version_0/checkpoints/best.ckpt").is_file()

@@ -9,11 +9,11 @@ from tests.recipes.conftest import NAMES, ROOT, brief, curves, runs
 
 # Curves that each recipe shows; a recipe that compares methods or nets writes a run for each.
 CURVES = {
-    "depth": {"loss/train", "loss/val", "lr"},
+    "depth": {"loss/train", "loss/val", "lr", "first_gradient_log10/200 layers"},
     "descent": {"gap_log10/rosenbrock"},
     "digits": {"loss/train", "loss/val", "accuracy/val", "lr"},
     "learning_rate": {"loss/train", "loss/val"},
-    "regression": {"loss/train", "loss/least_squares", "loss/val", "convergence/gap_log10", "lr"},
+    "regression": {"loss/train", "loss/least_squares", "loss/val", "convergence/gap_log10", "lr", "sharpness/lambda"},
 }
 
 

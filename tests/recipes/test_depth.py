@@ -89,7 +89,8 @@ def test_run(monkeypatch, tmp_path, capsys):
     assert (run / "depth.png").stat().st_size > 10_000
     for kind in KINDS:
         by_tag = curves(run / kind)
-        assert set(by_tag) == {"accuracy/2 layers", "accuracy/5 layers"}
+        groups = ("accuracy", "first_gradient_log10")
+        assert set(by_tag) == {f"{group}/{depth} layers" for group in groups for depth in (2, 5)}
         assert [step for step, _ in by_tag["accuracy/5 layers"]] == [17, 34]
     accuracies = curves(run / "residual")["accuracy/5 layers"]
     assert 0.1 < accuracies[0][1] < accuracies[1][1]
@@ -103,6 +104,13 @@ def test_run(monkeypatch, tmp_path, capsys):
     }
     main(["depth", "test", f"--ckpt_path={checkpoint}"])
     assert len(curves(run)["residual_5/test"]) == 2
+
+
+def test_test_without_training(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["depth", "test", "--model.depths=[2,5]"])
+    assert "residual_5/test" in capsys.readouterr().out
+    assert (tmp_path / "runs/depth/version_0/depth.png").is_file()
 
 
 @pytest.mark.parametrize("depths", ["[1]", "[]", "[2.5]"])

@@ -127,6 +127,31 @@ def test_growth_of_an_oscillation():
     assert Walk("bowl", "GD", 0.1, path=path).growth == pytest.approx(0.9, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("part", "manner"),
+    [
+        (0.02, "crawls"),
+        (0.2, "walks"),
+        (0.5, "stops in the valley, then walks"),
+        (0.98, "overshoots, and arrives"),
+        (1.02, "diverges"),
+    ],
+)
+def test_manner(part, manner):
+    """On the bowl (x² + 20y²)/2, from (1, 1): a step multiplies x by 1 − lr and y by 1 − 20·lr."""
+    lr = 0.1 * part
+    path = [torch.tensor([(1 - lr) ** t, (1 - 20 * lr) ** t]).double() for t in range(120)]
+    assert Walk("bowl", "GD", lr, path=path).manner == manner
+
+
+@pytest.mark.parametrize("setting", ["--model.sweep=[]", "--model.steps=29"])
+def test_too_little_to_see(setting, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main([setting])
+    assert "give at least one part of the limit, and at least 30 steps" in capsys.readouterr().err
+
+
 def test_table_is_printed_and_logged(walked):
     cli, folder = walked
     table = cli.model.report().splitlines()
@@ -172,7 +197,7 @@ def test_misspelt_names(lr, says, monkeypatch, capsys, tmp_path):
 
 def test_one_surface_of_your_own_choice(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    main(["--model.lr={beale: {Adam: 0.1}}", "--model.steps=2", "--model.sweep=[0.5]", "--trainer.logger=false"])
+    main(["--model.lr={beale: {Adam: 0.1}}", "--model.steps=30", "--model.sweep=[0.5]", "--trainer.logger=false"])
     assert not (tmp_path / "runs").exists()
 
 

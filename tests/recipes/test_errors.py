@@ -9,6 +9,8 @@ from recipes.__main__ import main
 RECIPES = "depth, descent, digits, learning_rate, regression"
 SGD = "optimizer: {class_path: torch.optim.SGD, init_args: {%s}}"
 
+GRADIENT_FLOW = "torchcalc.instruments.GradientFlow"
+
 # what the user typed, what the one line says
 ARGUMENTS = [
     ([], f"no recipe given; recipes are: {RECIPES}"),
@@ -36,6 +38,12 @@ ARGUMENTS = [
     (["digits", "--trainer.max_epochs=-7"], "Trainer: `max_epochs` must be a non-negative integer or -1"),
     (["digits", "--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: there is no class 'EarlyStoping'"),
     (["digits", "--ckpt_path=nowhere.ckpt"], "ckpt_path: there is no file 'nowhere.ckpt'"),
+    (["digits", f"--ckpt_path={__file__}"], "is no checkpoint, or was cut short"),
+    (["descent", "--optimizer=torch.optim.SGD"], "there is no option 'optimizer'"),
+    (
+        ["digits", f"--trainer.callbacks+={GRADIENT_FLOW}", "--trainer.callbacks.init_args.budget=2"],
+        "error: budget=2.0: must be a share of the training time between 0 and 1, or None (JSON",
+    ),
     (["digits", "--config=nowhere.yaml"], "File does not exist: '{cwd}/nowhere.yaml'"),
 ]
 FILES = [
@@ -92,6 +100,14 @@ def test_monitor_that_nothing_logs(callback, capsys, monkeypatch, tmp_path):
     assert err.endswith(f"error: {callback}: monitor: nothing logs 'los/val'; did you mean 'loss/val'?\n")
     assert "Epoch 0" not in out
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_what_the_trainer_or_a_callback_refuses(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["digits", "--trainer.logger=false"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: GradientFlow: the trainer has no logger")
 
 
 def test_traceback_on_request(monkeypatch):

@@ -86,6 +86,8 @@ RUNS = [
     (2.0, 1.0, [2.0, 2.0], CLIMBS, "diverges", "diverges", ""),
     (2.0, 1.0, [2.0, math.nan], [1.0, 2.0, math.nan, math.nan], "diverges", "diverges", ""),
     (0.3, 0.001, [2.0, 2.0], FALLS, "crawls", "converges", "the slope changed: at the start it promised a fall by 3%"),
+    (2.0, 0.001, [2.0, 2.0], CLIMBS, "diverges", "diverges", ""),
+    (0.3, 1.0, [2.0, 2.0], WAVES, "converges", "oscillates", "λ stays at 2, stable up to 6.7, but far from a minimum"),
     (0.3, 1.0, [2.0, 8.0, 3.0], WAVES, "converges", "oscillates", "λ grew from 2 to 8; stable up to 6.7"),
     (0.95, 1.0, [2.0, 9.0, math.nan], CLIMBS, "oscillates", "diverges", "λ grew from 2 to 9; stable up to 2.1"),
     (0.95, 1.0, [2.0, 2.0], FALLS, "oscillates", "converges", "the overshoots, by 90% of the error a step, die out"),
@@ -111,12 +113,14 @@ def test_disagreement_is_explained(part, slope, sharpness, losses, predicted, se
             "--optimizer=torchcalc.optim.Lion",
             "optimizer: Lion's limit moves with its state; use SGD",
         ),
+        ("--data.steps=3", "data.steps: 3 in all; a curve of at least 4 has a verdict"),
+        ("--optimizer=torchcalc.optim.GradientDescent --optimizer.backtrack=true", "optimizer.backtrack: true finds"),
     ],
 )
 def test_refused(setting, says, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        main(["learning_rate", setting, QUIET])
+        main(["learning_rate", *setting.split(), QUIET])
     assert end.value.code == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
 

@@ -76,6 +76,17 @@ def test_learning_rate_is_a_part_of_the_limit(trained, problem):
     a, _ = problem
     sharpness = np.linalg.eigvalsh(2 * a.T @ a / len(a))[-1]
     assert {value for _, value in by_tag["lr"]} == {np.float32(0.9 * 2 / sharpness)}
+    measured = [value for _, value in by_tag["sharpness/lambda"]]
+    assert measured == pytest.approx(
+        [sharpness] * 10, rel=1e-3
+    )  # once an epoch, and the Hessian is the same everywhere
+    assert by_tag["sharpness/lr_limit"][0][1] == pytest.approx(2 / sharpness, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_other_precisions(train, precision):
+    cli, _, _ = train(f"--trainer.precision={precision}", "--trainer.max_epochs=1")
+    assert 0 < cli.model.gap < 0.1
 
 
 def test_huber_reaches_its_own_optimum(train, problem):
