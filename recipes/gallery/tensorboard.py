@@ -26,6 +26,16 @@ DRAWN = """Object.fromEntries([...document.querySelectorAll('scalar-card, image-
       && [...card.querySelectorAll('tb-data-table-content-row')].map(row => row.innerText.trim().split(/\\s*\\n\\s*/))
 ]).filter(([tag, drawn]) => drawn?.length))"""
 
+# By title the curves of each chart in the tab Custom Scalars, each as "tag (run)".
+CHARTS = """(() => {
+  const all = (root, found) => [...root.querySelectorAll('*')].flatMap(
+    each => [...(found(each) ? [each] : []), ...(each.shadowRoot ? all(each.shadowRoot, found) : [])]);
+  return Object.fromEntries(all(document, each => each.localName == 'tf-custom-scalar-multi-line-chart-card').map(card => [
+    card.title,
+    all(card.shadowRoot, each => each.className.toString().includes('match-list-entry')).map(
+      each => each.textContent.trim().replace(/^\\S+\\s+/, ''))]));
+})()"""
+
 
 @contextmanager
 def serve(logdir: Path, patience: float = 60) -> Iterator[str]:
@@ -91,4 +101,23 @@ def photograph(
         time.sleep(0.2)
     time.sleep(1)  # the lines' animation
     page.screenshot(picture)
+    return drawn
+
+
+def charts(page: Browser, url: str, titles: Iterable[str], timeout: float = 60) -> dict[str, list[str]]:
+    """Open the tab Custom Scalars, and wait until the charts of these titles, and no others, have curves.
+
+    Returns:
+        The curves of each chart, as "tag (run)".
+
+    Raises:
+        TimeoutError: a chart is missing, stays empty, or is one too many.
+    """
+    titles = sorted(titles)
+    page.open(f"{url}#custom_scalars")
+    deadline = time.monotonic() + timeout
+    while sorted(drawn := page.evaluate(CHARTS)) != titles or not all(drawn.values()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not in the dashboard after {timeout} s: {titles}; there is {drawn}")
+        time.sleep(0.2)
     return drawn

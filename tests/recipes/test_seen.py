@@ -4,10 +4,11 @@ import math
 import os
 
 import pytest
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from recipes.__main__ import main
 from recipes.gallery.browser import Browser, find_chromium
-from recipes.gallery.tensorboard import ask, photograph, serve
+from recipes.gallery.tensorboard import ask, charts, photograph, serve
 from tests.recipes.conftest import NAMES, brief, curves, events, runs
 
 CARDS = 9  # on a page of this size
@@ -55,6 +56,35 @@ def test_curves_and_pictures_are_on_the_page(name, chromium, monkeypatch, tmp_pa
                 assert number(shown) == pytest.approx(last, rel=1e-2, abs=1e-4)
     for picture in tmp_path.glob("*.png"):
         assert picture.stat().st_size > 20_000
+
+
+def titles(run):
+    """Of the charts in a run's layout."""
+    (text,) = events(run).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val
+    return [chart.title for category in Layout.FromString(text).category for chart in category.chart]
+
+
+# Charts of each recipe's dashboard, among others; a short run of every one of them has curves in each.
+DASHBOARDS = {
+    "depth": ["accuracy/2 layers", "accuracy/20 layers", "accuracy/200 layers", "first_gradient_log10/200 layers"],
+    "descent": [f"gap_log10/{surface}" for surface in ("bowl", "rosenbrock", "beale", "himmelblau")],
+    "digits": ["loss", "accuracy", "gradient norm", "update / weight", "sharpness λ and its threshold"],
+    "learning_rate": ["loss", "sweep/loss_log10", "sweep/sharpness"],
+    "regression": ["loss", "convergence", "sharpness λ and its threshold"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dashboard_is_on_the_page(name, chromium, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    main([*brief(name), "--trainer.enable_progress_bar=false"])
+    folder = tmp_path / "runs" / name
+    tags = {f"{tag} ({run.relative_to(folder)})" for run in runs(folder) for tag in curves(run)}
+    with serve(folder) as url, Browser(1600, 3000) as page:
+        drawn = charts(page, url, titles(folder / "version_0"))
+    assert set(drawn) >= set(DASHBOARDS[name])
+    assert {curve for shown in drawn.values() for curve in shown} <= tags
 
 
 @pytest.mark.slow
