@@ -1,12 +1,16 @@
 """A training loss is a function: the same value every time, and nothing else changes."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
-from torchcalc.calculus import curvature, training_loss
+from torchcalc.calculus import curvature, gradient, training_loss
 
 
 class Net(nn.Module):
@@ -112,11 +116,54 @@ def test_several_inputs_and_other_devices(device: str) -> None:
     torch.testing.assert_close(f(f.parameters), expected)
 
 
+def test_all_random_numbers_are_held(device: str) -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * random.random() * np.random.random() + torch.rand(())
+
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    loader = DataLoader(TensorDataset(*data("cpu")), 4, shuffle=True)
+    f = training_loss(Noisy(6, 3).to(device), nn.functional.cross_entropy, loader)
+    torch.set_rng_state(states[0])  # Noisy's weights
+    g = training_loss(f._model, nn.functional.cross_entropy, loader)
+    assert f(f.parameters) == f(f.parameters) and f(f.parameters) != g(f.parameters)  # by their seeds
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate() and (states[2] == np.random.get_state()[1]).all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_refused(reentrant: bool) -> None:
+    """It computes a part again in backward, when the model has its own parameters back: a wrong gradient, silently."""
+
+    class Checkpointed(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(super().forward, x.requires_grad_(reentrant), use_reentrant=reentrant).tanh()
+
+    f = training_loss(Checkpointed(6, 3), nn.functional.cross_entropy, data("cpu"))
+    for call in (gradient(f), lambda p: curvature(f, p)):
+        with pytest.raises(RuntimeError, match="switch gradient checkpointing off for the measurement"):
+            call(f.parameters)
+    with torch.no_grad():
+        assert f(f.parameters).isfinite()
+
+
+def test_one_batch_or_two() -> None:
+    model, (x, y) = nn.Linear(6, 3), data("cpu")
+    loss = lambda output, target: nn.functional.cross_entropy(output, target["y"])  # noqa: E731
+    assert len(training_loss(model, loss, (x, {"y": y})).parts) == 1
+    assert len(training_loss(nn.Bilinear(6, 6, 3), loss, ((x, x), {"y": y})).parts) == 1
+    assert len(training_loss(model, nn.functional.cross_entropy, ((x, y), (x, y))).parts) == 2
+
+
 def test_refusals() -> None:
     model, (x, y) = nn.Linear(6, 3), data("cpu")
     cross_entropy = nn.functional.cross_entropy
     with pytest.raises(ValueError, match="batches: it is empty"):
         training_loss(model, cross_entropy, [])
+    with pytest.raises(TypeError, match="batches: a NoneType"):
+        training_loss(model, cross_entropy, None)
+    with pytest.raises(ValueError, match="batches: number 1 has no samples"):
+        training_loss(model, cross_entropy, [(x, y), (x[:0], y[:0])])
     with pytest.raises(ValueError, match="must be a pair"):
         training_loss(model, cross_entropy, [x])
     with pytest.raises(ValueError, match="no parameter that requires grad"):

@@ -3,21 +3,24 @@
     f(p) = Σᵢ nᵢ·ℓ(model(xᵢ; p), yᵢ) / Σᵢ nᵢ       over batches i of nᵢ samples      (1)
 
 What else a forward pass reads and writes is held still: buffers are copies that are thrown away (batch norm's running
-statistics), and the random numbers are the same at every call (one dropout mask per batch), drawn from generators that
-stand afterwards where they stood before. So f is a function in the sense of mathematics, and its derivatives exist.
+statistics), and the random numbers, torch's, Python's and NumPy's, are the same at every call (one dropout mask per batch),
+drawn from generators that stand afterwards where they stood before. So f is a function in the sense of mathematics, and
+its derivatives exist.
 Parameters are passed in, and gradients are those of what is passed: ``.grad`` is never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from torchcalc.calculus.operations import checkpointed
+from torchcalc.calculus.random_numbers import random_numbers_kept
 
 __all__ = ["TrainingLoss", "held_batches", "training_loss"]
 
@@ -57,11 +60,16 @@ class TrainingLoss:
             raise ValueError(f"parameters: {sorted(unknown)} are no parameters of the model; start from .parameters")
         x, y = batch
         buffers = {name: b.clone() for name, b in self._model.named_buffers()}
-        with _random_numbers(self._seed + index, parameters.values()):
+        with random_numbers_kept(self._seed + index, {p.device for p in parameters.values()}):
             value = self._loss(functional_call(self._model, {**buffers, **parameters}, x), y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"loss returned {shape}; it must return a scalar tensor: use reduction='mean'")
+        if checkpointed(value):
+            raise RuntimeError(
+                "model: a part of it is computed again in backward (torch.utils.checkpoint), where its own parameters are "
+                "back in place of those passed in; switch gradient checkpointing off for the measurement"
+            )
         return weight * value.reshape(())
 
 
@@ -78,13 +86,15 @@ def training_loss(
         model: any module with trainable parameters; frozen ones stay constants, tied ones count once.
         loss: ``loss(output, target)``, the mean over the samples of a batch: a scalar tensor.
         batches: one ``(x, y)`` or an iterable of them, held and moved to the model's device. x is what the model takes;
-            a tuple is taken apart into arguments. The batches are weighted by their sizes (the first dimension of x).
+            a tuple is taken apart into arguments. Two tuples or lists are two batches, any other pair is one. The batches
+            are weighted by their sizes (the first dimension of x).
 
     Returns:
         A callable on a dict of parameters, such as ``.parameters`` (detached copies of the trainable ones).
 
     Raises:
-        ValueError: no batch, or no trainable parameter.
+        ValueError: no batch, or one without samples, or no trainable parameter. TypeError: batches is no iterable.
+        When called, RuntimeError: the model uses gradient checkpointing.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> f = training_loss(model, nn.functional.mse_loss, (torch.tensor([[3.0]]), torch.tensor([[6.0]])))
@@ -98,21 +108,27 @@ def training_loss(
 
 
 def held_batches(batches: Batch | Iterable[Batch], device: torch.device) -> list[Batch]:
-    """A batch, or an iterable of them, as a list of pairs (x, y) on a device."""
-    one = isinstance(batches, (tuple, list)) and len(batches) == 2 and isinstance(batches[1], Tensor)
-    held = [_to(batch, device) for batch in ([batches] if one else batches)]
+    """A batch, or an iterable of them, as a list of pairs (x, y) on a device; a DataLoader's order is drawn without a trace."""
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches: a {type(batches).__name__}; pass one (x, y) or an iterable of them")
+    pair = isinstance(batches, (tuple, list)) and len(batches) == 2
+    one = pair and not all(isinstance(each, (tuple, list)) for each in batches)
+    with random_numbers_kept(), torch.inference_mode(False):
+        held = [_to(batch, device) for batch in ([batches] if one else batches)]
     if not held:
         raise ValueError("batches: it is empty; pass one (x, y) or an iterable of them")
-    for batch in held:
+    for i, batch in enumerate(held):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(f"batches: each must be a pair (x, y), not {type(batch).__name__}; see Args")
+        if not _size(batch):
+            raise ValueError(f"batches: number {i} has no samples; leave it out")
     return [(x, y) for x, y in held]
 
 
 def _to(value: Any, device: torch.device) -> Any:
     """Tensors in nested tuples, lists and dicts, on a device."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.clone().to(device) if value.is_inference() else value.to(device)
     if isinstance(value, Mapping):
         return {key: _to(v, device) for key, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -124,23 +140,5 @@ def _to(value: Any, device: torch.device) -> Any:
 def _size(value: Any) -> int:
     """Samples in a batch: the first dimension of its first tensor."""
     while isinstance(value, (tuple, list, Mapping)):
-        value = next(iter(value.values() if isinstance(value, Mapping) else value))
+        value = next(iter(value.values() if isinstance(value, Mapping) else value), None)
     return int(value.shape[0]) if isinstance(value, Tensor) and value.dim() else 1
-
-
-@contextmanager
-def _random_numbers(seed: int, tensors: Iterable[Tensor]) -> Iterator[None]:
-    """The random numbers of a seed, on the CPU and on the devices of the tensors; the generators' states come back."""
-    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
-    host = torch.get_rng_state()
-    states = [(torch.get_device_module(d), d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
-    try:
-        torch.default_generator.manual_seed(seed)
-        for module, device, _ in states:
-            with module.device(device):
-                module.manual_seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(host)
-        for module, device, state in states:
-            module.set_rng_state(state, device)

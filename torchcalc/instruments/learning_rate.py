@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -16,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torchcalc.calculus.random_numbers import random_numbers_kept
 from torchcalc.convergence import range_test
 from torchcalc.instruments.instrument import Chart, Instrument, add_figure, callbacks_of, check_at_least_one
 from torchcalc.instruments.objective import Objective, batch_of, check_objective, no_target
@@ -136,7 +135,7 @@ class LearningRateRangeTest(Instrument):
 
     def test(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Return the suggestion; write the figure."""
-        with same_random_numbers():
+        with random_numbers_kept():
             batches = [
                 self.to_device(trainer, batch) for batch in islice(iter(trainer.train_dataloader or ()), self.batches)
             ]
@@ -175,13 +174,3 @@ def family(scheduler: Any) -> Iterator[Any]:
     yield scheduler
     for each in getattr(scheduler, "_schedulers", ()):
         yield from family(each)
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Put the CPU's generator back, from which dataloaders draw their order."""
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
