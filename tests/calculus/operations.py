@@ -52,6 +52,14 @@ class ComposableOnceSquare(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * grad
 
 
+class ComposableDetachedSquare(ComposableOnceSquare):
+    """Nor does it bear a mark."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0].detach() * grad
+
+
 class RaisingSquare(Square):
     """Says so, as torch's own operations do."""
 
@@ -59,6 +67,13 @@ class RaisingSquare(Square):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise RuntimeError("no second derivative here")
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class AssertingSquare(Square):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled(), "no second derivative here"
         return 2 * ctx.saved_tensors[0] * grad
 
 
@@ -77,5 +92,13 @@ class OnceSoftmaxLoss(torch.autograd.Function):
         return grad * (x.softmax(1) - torch.nn.functional.one_hot(y, x.shape[1])) / len(x), None
 
 
-SILENT = {f.__name__: f for f in (OnceSquare, DetachedSquare, ComposableOnceSquare)}
-WITHOUT = {**SILENT, "RaisingSquare": RaisingSquare}
+class DetachedSoftmaxLoss(OnceSoftmaxLoss):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, y = ctx.saved_tensors
+        return grad * (x.detach().softmax(1) - torch.nn.functional.one_hot(y, x.shape[1])) / len(x), None
+
+
+MARKED = {f.__name__: f for f in (OnceSquare, ComposableOnceSquare)}
+SILENT = {**MARKED, **{f.__name__: f for f in (DetachedSquare, ComposableDetachedSquare)}}
+WITHOUT = {**SILENT, **{f.__name__: f for f in (RaisingSquare, AssertingSquare)}}

@@ -1,6 +1,7 @@
 """The graph against gradients computed by other means, and bytes counted by saved_tensors_hooks."""
 
 import builtins
+import math
 import re
 from typing import Any
 
@@ -127,6 +128,12 @@ def test_a_gradient_that_has_vanished_is_measured() -> None:
     assert backward_graph((x * 1e-30).sum()).nodes[-1].norm == pytest.approx(2e-30, rel=1e-5)
 
 
+def test_nested_tensors() -> None:
+    x = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], requires_grad=True, layout=torch.jagged)
+    graph = backward_graph(x.exp().values().sum())
+    assert graph.nodes[-1].norm == pytest.approx(3 * math.e, rel=1e-5)
+
+
 def test_table() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
     text = str(backward_graph(model(torch.ones(2, 4)).sum(), model))
@@ -175,6 +182,17 @@ def test_refusals() -> None:
         backward_graph(torch.ones(()))
     with pytest.raises(ValueError, match=r"grad_output: its shape is \(2,\)"):
         backward_graph(chain(1), grad_output=torch.ones(2))
+    x = torch.ones(2, requires_grad=True)
+    for call, message in (
+        (lambda: backward_graph((chain(1),)), "output: a tuple"),
+        (lambda: backward_graph({"loss": chain(1)}), "output: a dict"),
+        (lambda: backward_graph(chain(1), grad_output=2.0), "grad_output: a float"),
+        (lambda: backward_graph(chain(1), x), "model: a Tensor; pass the nn.Module"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        backward_graph(checkpoint(torch.sin, x, use_reentrant=True).sum())
     freed = chain(1)
     freed.backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchcalc
-from tests.calculus.operations import WITHOUT, OnceSoftmaxLoss, Square
+from tests.calculus.operations import WITHOUT, DetachedSoftmaxLoss, OnceSoftmaxLoss, Square
 from torchcalc.calculus import Curvature, curvature, curvature_along, training_loss
 
 
@@ -74,6 +74,15 @@ def test_warm_start_is_cheap_and_not_fooled() -> None:
     assert found.value == pytest.approx(1.2, rel=1e-3)
 
 
+@pytest.mark.parametrize(("top", "bulk"), [(1.05, 0.3), (1.1, 0.3), (1.1, 0.9), (1.2, 0.9)])
+def test_an_overtaken_eigenvector_among_many(top: float, bulk: float) -> None:
+    n = 10**5
+    eigenvalues = torch.cat([bulk * torch.rand(n - 2), torch.tensor([1.0, top])])
+    overtaken = (torch.arange(n) == n - 2).float()
+    found = curvature(lambda x: (eigenvalues * x**2).sum() / 2, torch.ones(n), start=overtaken)
+    assert found.value == pytest.approx(top, rel=1e-3)
+
+
 def model_loss(device: str, activation: nn.Module) -> tuple[nn.Module, Tensor, Tensor]:
     model = nn.Sequential(nn.Linear(5, 7), activation, nn.LayerNorm(7), nn.Linear(7, 3)).to(device).double()
     return model, torch.randn(24, 5, device=device).double(), torch.randint(3, (24,), device=device)
@@ -131,6 +140,7 @@ def test_differences_where_there_is_no_second_derivative(name: str, dtype: torch
         (lambda x: square(x).sum(), 2.0),
         (lambda x: square(square(x)).sum(), 12 * 4.0),  # x⁴
         (lambda x: 3 * x.square().sum() + 50 * square(x[0]), 106.0),  # a share is missing
+        (lambda x: 100 * x.square().sum() + square(x).sum(), 202.0),  # a hundredth of it
     ):
         with pytest.warns(UserWarning, match="by differences of gradients") as caught:
             found = curvature(f, x, tolerance=1e-4)
@@ -145,6 +155,63 @@ def test_differences_where_there_is_no_second_derivative(name: str, dtype: torch
 def test_a_right_function_of_ones_own_is_exact() -> None:
     found = curvature(lambda x: Square.apply(Square.apply(x)).sum(), torch.tensor([0.5, 2.0]))
     assert found.method == "exact" and found.value == pytest.approx(48)
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_one_element_of_many(name: str) -> None:
+    """H = I + 4e₀e₀ᵀ: to a random vector the 4 hardly contributes."""
+    f = lambda x: x.square().sum() / 2 + 2 * WITHOUT[name].apply(x[:1]).sum()  # noqa: E731
+    with pytest.warns(UserWarning, match="by differences of gradients"):
+        assert curvature(f, torch.randn(2000)).value == pytest.approx(5, rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", [OnceSoftmaxLoss, DetachedSoftmaxLoss])
+def test_hand_written_loss_with_weight_decay(loss: type[torch.autograd.Function]) -> None:
+    """The decay's share of a product is exact, and far larger than that of the loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10))
+    batch = torch.randn(128, 32), torch.randint(10, (128,))
+    stock, own = (training_loss(model, each, batch) for each in (nn.functional.cross_entropy, loss.apply))
+    decay = lambda p: 0.1 * sum(w.square().sum() for w in p.values())  # noqa: E731
+    expected = curvature(lambda p: stock(p) + decay(p), stock.parameters)
+    with pytest.warns(UserWarning, match="second derivatives are silently missing"):
+        found = curvature(lambda p: own(p) + decay(p), own.parameters)
+    assert found.value == pytest.approx(expected.value, rel=2e-3)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_right_functions_are_not_suspected(activation: type[nn.Module]) -> None:
+    class Right(OnceSoftmaxLoss):
+        @staticmethod
+        def backward(ctx, grad):
+            x, y = ctx.saved_tensors
+            return grad * (x.softmax(1) - nn.functional.one_hot(y, x.shape[1])) / len(x), None
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(32, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 10))
+        f = training_loss(model, Right.apply, (torch.randn(256, 32), torch.randint(10, (256,))))
+        assert curvature(f, f.parameters, max_products=1).method == "exact"
+
+
+def test_sparse_gradients() -> None:
+    dense, y = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10)), torch.arange(10)
+    sparse = nn.Sequential(nn.Embedding(10, 4, sparse=True), dense[1])
+    sparse[0].weight = dense[0].weight
+    found, expected = (
+        curvature(f, f.parameters).value
+        for f in (training_loss(model, nn.functional.cross_entropy, (y, y.flip(0))) for model in (sparse, dense))
+    )
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_bfloat16_is_believed_and_says_so() -> None:
+    x = torch.tensor([1.0, 2.0]).bfloat16()
+    for f, expected in ((lambda x: 3 * x.sum(), 0.0), (lambda x: Square.apply(x).sum(), 2.0)):
+        found = curvature(f, x)
+        assert found.value == pytest.approx(expected, rel=0.01) and found.method == "exact"
+        assert "unchecked: torch.bfloat16 is too coarse" in found.reason and "exact: unchecked" in str(found)
+        assert found.residual >= torch.finfo(torch.bfloat16).eps * found.value  # what its rounding hides
 
 
 def test_hand_written_loss_on_a_relu_network() -> None:
@@ -222,7 +289,10 @@ REFUSED = {
     "zero start": (lambda: curvature(torch.sum, X, start=0 * X), ValueError, "start: its norm is 0.0"),
     "metric": (lambda: curvature(torch.sum, X, metric=-X), ValueError, "metric: its smallest element is -1.0"),
     "tolerance": (lambda: curvature(torch.sum, X, tolerance=0), ValueError, "tolerance: 0; it must be in"),
+    "no tolerance": (lambda: curvature(torch.sum, X, tolerance=None), ValueError, "tolerance: None"),
     "products": (lambda: curvature(torch.sum, X, max_products=0), ValueError, "max_products: 0"),
+    "half a product": (lambda: curvature(torch.sum, X, max_products=2.5), ValueError, "max_products: 2.5; it must be"),
+    "complex direction": (lambda: curvature_along(torch.sum, X, 1j * X), TypeError, "direction: torch.complex64"),
     "direction": (lambda: curvature_along(torch.sum, X, 0 * X), ValueError, "direction: its norm is 0.0"),
     "half": (
         lambda: curvature(lambda x: WITHOUT["OnceSquare"].apply(x).sum(), X.half()),

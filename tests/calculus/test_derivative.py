@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 import torchcalc
-from tests.calculus.operations import SILENT, OnceSquare, RaisingSquare, Square
+from tests.calculus.operations import MARKED, SILENT, DetachedSquare, OnceSquare, RaisingSquare, Square
 from torchcalc.calculus import derivative, directional_derivative, gradient, hessian, hvp, jacobian, partial
 
 FUNCTIONS = {
@@ -140,8 +140,73 @@ def test_a_silently_missing_second_derivative_raises(name: str) -> None:
                 second(x)
     with pytest.raises(RuntimeError, match="second derivative"):
         derivative(derivative(square))(x)
+    with pytest.raises(RuntimeError, match="second derivative"):  # in the last element only
+        derivative(derivative(lambda s: square(s) if s > 0 else s**2))(torch.tensor([-1.0, -2, -3, -4, 1]))
+    with pytest.raises(RuntimeError, match="second derivative"):
+        jacobian(hessian(inside))(x)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        directional_derivative(hvp(inside, x), x)(x)
     with pytest.raises(RuntimeError, match="second derivative"):
         partial(partial(lambda x, y: square(x) * y, 0), 0)(x[0], x[1])
+
+
+NESTED = {
+    "jacobian": lambda f, x: jacobian(lambda x: gradient(f)(x))(x),
+    "derivative": lambda f, x: derivative(lambda s: 2 * derivative(f)(s))(x),
+    "hessian": lambda f, x: jacobian(lambda x: hessian(lambda x: f(x).square())(x))(x),
+    "vmap": lambda f, x: torch.func.vmap(hessian(f))(x[None]),
+    "jacrev": lambda f, x: torch.func.jacrev(gradient(f))(x),
+    "autograd": lambda f, x: torch.autograd.functional.jacobian(gradient(f), x),
+    "closure": lambda f, x: jacobian(lambda a: gradient(lambda x: f(x * a))(torch.ones(2)))(x),
+    "partial": lambda f, x: partial(lambda x, y: partial(lambda x, y: f(x) * y, 0)(x, y), 0)(x, x[0]),
+}
+
+
+@pytest.mark.parametrize("name", [*MARKED, "DetachedSquare"])
+@pytest.mark.parametrize("nested", NESTED)
+def test_nested_in_ways_that_hide_it(nested: str, name: str) -> None:
+    square = SILENT[name].apply
+    with pytest.raises(RuntimeError, match=r"second derivatives are silently missing|override the setup_context"):
+        NESTED[nested](lambda x: square(x).sum(), torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(
+        NESTED[nested](lambda x: (x**3).sum(), torch.tensor([1.0, 2.0])).flatten()[0],
+        torch.tensor({"hessian": 120.0 + 96, "derivative": 12.0}.get(nested, 9.0 if nested == "closure" else 6.0)),
+    )
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_first_derivatives_where_the_second_is_missing(name: str) -> None:
+    square, x = SILENT[name].apply, torch.tensor([1.0, 2.0])
+    at = {"x": nn.Parameter(x)}  # as of a model
+    found = gradient(lambda p: square(p["x"]).sum())(at)["x"]
+    torch.testing.assert_close(found.detach(), 2 * x)
+    constant = jacobian(lambda x: gradient(lambda y: square(y).sum())(torch.ones(2)) + x)
+    torch.testing.assert_close(constant(x), torch.eye(2))
+    if hasattr(SILENT[name], "generate_vmap_rule") and SILENT[name].generate_vmap_rule:
+        torch.testing.assert_close(torch.func.vmap(gradient(lambda x: square(x).sum()))(x[None]), 2 * x[None])
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode():
+        x = torch.tensor([1.0, 2.0])
+        for f in (torch.square, OnceSquare.apply, Square.apply):
+            torch.testing.assert_close(jacobian(f)(x), (2 * x).diag())
+        with pytest.raises(RuntimeError, match="second derivative"):
+            hessian(lambda x: DetachedSquare.apply(x).sum())(x)
+
+
+def test_numbers_dicts_and_other_orders() -> None:
+    x = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
+    f = lambda x, c: c * x["a"].square().sum() * x["b"]  # noqa: E731
+    torch.testing.assert_close(partial(f, 0)(x, 2.0), {"a": 12 * x["a"], "b": torch.tensor(10.0)})
+    assert partial(f, 1)(x, 2.0) == 15
+    g = lambda p, c: c * Square.apply(p["a"]).sum()  # noqa: E731
+    torch.testing.assert_close(partial(partial(g, 1), 0)(x, 2.0)["a"], 2 * x["a"])
+    v = {"b": torch.tensor(1.0), "a": torch.tensor([1, 0])}
+    assert directional_derivative(lambda x: f(x, 1.0), v)(x) == 2 * 3 + 5
+    assert directional_derivative(torch.square, 1.0)(3.0) == 6
+    assert jacobian(lambda x: x[:0])(x["a"]).shape == (0, 2)
+    assert jacobian(lambda x: Square.apply(x)[:0])(x["a"]).shape == (0, 2)
 
 
 def test_what_refuses_says_why() -> None:
@@ -171,14 +236,35 @@ def test_torch_func_goes_through() -> None:
     torch.testing.assert_close(torch.func.vmap(hvp(f, torch.ones(3).double()))(x), expected.sum(2))
 
 
+X = torch.ones(2)
 REFUSED = {
     "complex": (lambda: gradient(torch.sum)(torch.ones(2, dtype=torch.complex64)), TypeError, "complex64 is no real"),
     "integer": (lambda: derivative(torch.square)(torch.tensor(3)), TypeError, "int64 is no real"),
     "number": (lambda: derivative(math.sin)(1.0), TypeError, "use torch.sin, not math.sin"),
     "vector": (lambda: gradient(torch.sin)(torch.ones(2)), ValueError, r"shape \(2,\); a gradient needs a scalar"),
-    "v": (lambda: hvp(torch.sum, torch.ones(3))(torch.ones(2)), ValueError, r"v: its shapes are \[\(3,\)\]"),
-    "direction": (lambda: directional_derivative(torch.sin, 1.0)(torch.ones(())), ValueError, "v: its shapes are"),
+    "v": (
+        lambda: hvp(torch.sum, torch.ones(3))(torch.ones(2)),
+        ValueError,
+        r"v: its shapes are \(3,\); those of x are \(2,\)",
+    ),
+    "direction": (lambda: directional_derivative(torch.sin, 1.0)(torch.ones(2)), ValueError, "v: its shapes are"),
     "text": (lambda: derivative(torch.sin)("x"), TypeError, "x: a str"),
+    "dict": (lambda: derivative(torch.sin)({"a": torch.ones(())}), TypeError, "x: a dict"),
+    "leaf": (lambda: gradient(torch.sum)({"a": X, "n": torch.tensor(1)}), TypeError, r"x\['n'\]: torch.int64"),
+    "None": (lambda: gradient(torch.sum)({"a": X, "n": None}), TypeError, r"x\['n'\]: a NoneType"),
+    "complex curve": (lambda: derivative(lambda t: torch.exp(1j * t))(X), TypeError, "f returned torch.complex64"),
+    "complex v": (lambda: hvp(torch.sum, 1j * X)(X), TypeError, "v: torch.complex64 is not real"),
+    "complex direction": (
+        lambda: directional_derivative(lambda x: x["a"].sum(), {"a": 1j * X})({"a": X}),
+        TypeError,
+        r"v\['a'\]: torch.complex64 is not real",
+    ),
+    "i": (lambda: partial(torch.add, 0.5), TypeError, "i: 0.5; it must be the number of an argument"),
+    "bfloat16": (
+        lambda: hessian(lambda x: Square.apply(x).sum())(X.bfloat16()),
+        RuntimeError,
+        "unchecked: torch.bfloat16 is too coarse for differences of gradients; pass float32",
+    ),
 }
 
 

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchcalc.calculus.operations import saved
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -131,14 +133,21 @@ def backward_graph(
         grad_output: ∂L/∂output, like output; by default ones: L is the output, or its sum.
 
     Raises:
+        TypeError: output or grad_output is no tensor, or model no module.
         ValueError: output has no graph, or grad_output is not of its shape.
-        RuntimeError: the graph has been freed by a backward before.
+        RuntimeError: the graph has been freed by a backward before, or is checkpointed with ``use_reentrant=True``, whose
+            backward is a call of ``.backward()``.
 
     >>> model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Sigmoid())
     >>> graph = backward_graph(model(torch.ones(1, 2)), model)
     >>> [node.function for node in graph.nodes]
     ['sigmoid', 'mm', 't', '0.weight']
     """
+    for name, value in (("output", output), ("grad_output", grad_output)):
+        if not isinstance(value, Tensor) and (name == "output" or value is not None):
+            raise TypeError(f"{name}: a {type(value).__name__}; pass one tensor")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model: a {type(model).__name__}; pass the nn.Module, or grad_output by its name")
     if output.grad_fn is None:
         raise ValueError("output: it has no graph; compute it from tensors that require grad, outside torch.no_grad()")
     if grad_output is None:
@@ -150,8 +159,8 @@ def backward_graph(
     nodes = _ordered(output.grad_fn)
     names = {p: name for name, p in model.named_parameters()} if model is not None else {}
     leaves = [n.variable for n in nodes if _is_leaf(n)]
-    saved = _Saved(leaves)
-    memory = [saved.of(n) for n in nodes]
+    counter = _Saved(leaves)
+    memory = [counter.of(n) for n in nodes]
     norms = _gradients(output, grad_output, nodes, leaves)
     index = {n: i for i, n in enumerate(nodes)}
     found = []
@@ -225,11 +234,11 @@ class _Saved:
     def of(self, node: Any) -> tuple[int, int, int]:
         """(own, shared with leaves, packed) of a node."""
         own, shared, packed, here = 0, 0, 0, set()
-        for saved in _saved(node):
-            if saved.unpack_hook is not None:
+        for kept in saved(node):
+            if kept.unpack_hook is not None:
                 packed += 1
                 continue
-            tensor = saved.data
+            tensor = kept.data
             if tensor is None:
                 continue
             key = _storage(tensor)
@@ -245,15 +254,6 @@ class _Saved:
         return own, shared, packed
 
 
-def _saved(node: Any) -> list[Any]:
-    found: list[Any] = []
-    for name in dir(node):
-        if name.startswith("_raw_saved_"):
-            value = getattr(node, name)
-            found += value if isinstance(value, (tuple, list)) else [value]
-    return [s for s in found if s is not None]
-
-
 def _storage(tensor: Tensor) -> Any:
     """What two tensors have in common if they share memory."""
     if tensor.layout != torch.strided:
@@ -264,7 +264,8 @@ def _storage(tensor: Tensor) -> Any:
 
 def _norm(gradient: Tensor) -> float:
     """In double precision: the square of a gradient that has vanished to 1e-23 is no float32."""
-    g = gradient.detach().to_dense()
+    g = gradient.detach()
+    g = g.values() if g.is_nested else g.to_dense()
     dtype = torch.complex128 if g.is_complex() else torch.float64
     return float(torch.linalg.vector_norm(g, dtype=dtype))
 

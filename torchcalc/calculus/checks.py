@@ -1,4 +1,4 @@
-"""What the derivatives ask of functions and variables, and of second derivatives, before they answer."""
+"""What the derivatives ask of functions, and of second derivatives, before they answer."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_current_level, maybe_get_level
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from torchcalc.calculus.hessian_product import HessianProduct, foreign
+from torchcalc.calculus.hessian_product import HessianProduct
+from torchcalc.calculus.operations import foreign, nodes, once
 
-__all__ = [
-    "exact",
-    "like",
-    "mark",
-    "need_second",
-    "need_second_if_nested",
-    "normal",
-    "real",
-    "real_tree",
-    "scalar",
-    "tensor",
-]
+__all__ = ["exact", "guarded", "mark", "need_second", "need_second_if_nested", "normal", "scalar", "tensor", "variable"]
 
 Function = Callable[..., Any]
+
+ADVICE = (
+    ". Make its backward differentiable, or use torchcalc.calculus.curvature and curvature_along, which fall back to "
+    "differences of gradients"
+)
 
 
 def tensor(f: Function) -> Function:
@@ -37,6 +33,8 @@ def tensor(f: Function) -> Function:
             raise TypeError(
                 f"f returned a {type(y).__name__}, which has no derivative; return a tensor, and use torch.sin, not math.sin"
             )
+        if y.is_complex():
+            raise TypeError(f"f returned {y.dtype}; derivatives need real values: take torch.view_as_real of it")
         return y
 
     return g
@@ -56,33 +54,6 @@ def scalar(f: Function) -> Function:
     return g
 
 
-def real(*xs: Any) -> list[Tensor]:
-    """Real float tensors; Python numbers become such."""
-    found = []
-    for x in xs:
-        t = torch.tensor(float(x)) if isinstance(x, (int, float)) else x
-        if not isinstance(t, Tensor):
-            raise TypeError(f"x: a {type(t).__name__}; pass a float tensor, or a dict of them")
-        if not t.is_floating_point():
-            raise TypeError(f"x: {t.dtype} is no real variable; pass x.float() (or real and imaginary part)")
-        found.append(t)
-    return found
-
-
-def real_tree(x: Any) -> Any:
-    """The same of every leaf of a dict."""
-    leaves, structure = tree_flatten(x)
-    return tree_unflatten(real(*leaves), structure)
-
-
-def like(v: Any, x: Any) -> None:
-    """Raise unless v has the structure and the shapes of x."""
-    (vs, structure), (xs, expected) = tree_flatten(v), tree_flatten(x)
-    found = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in vs]
-    if structure != expected or found != [tuple(t.shape) for t in xs]:
-        raise ValueError(f"v: its shapes are {found}; those of x are {[tuple(t.shape) for t in xs]}")
-
-
 def mark(g: Function, f: Function) -> Function:
     """Note that g is a derivative of f."""
     g.derivative_of = f  # type: ignore[attr-defined]
@@ -100,18 +71,82 @@ def need_second_if_nested(f: Function, x: Any, call: Function = lambda g, x: g(x
 def need_second(f: Function, x: Any) -> None:
     """Raise where an operation that is not torch's own has lost its second derivative."""
     if _are_functorch_transforms_active():
-        return  # the outermost call has seen to it
-
-    def weighted(x: Any) -> Tensor:
-        y = tensor(f)(x)
-        return (y * normal(y)).sum()
+        return  # nothing can be compared there; what can be seen, guarded() sees
 
     leaves, structure = tree_flatten(x)
-    with torch.enable_grad():
-        y = weighted(tree_unflatten([t.detach().requires_grad_() for t in leaves], structure))
+    at = {str(i): t for i, t in enumerate(leaves)}
+
+    def weighted(at: dict[str, Tensor]) -> Tensor:
+        y = tensor(f)(tree_unflatten(list(at.values()), structure))
+        return (y * normal(y)).sum()
+
+    with torch.inference_mode(False), torch.enable_grad():
+        y = weighted({k: variable(t) for k, t in at.items()})
     if foreign(y):
-        product = HessianProduct(weighted, x)
+        product = HessianProduct(weighted, at)
         exact(product, normal(torch.zeros(product.size, dtype=product.dtype, device=product.device)))
+
+
+def guarded(derive: Function, f: Function, x: Any) -> Any:
+    """derive(f, x), a first derivative, that raises if it is differentiated while f has no second one."""
+    level = maybe_current_level() or 0
+    reasons: list[str] = []
+    edges: list[Tensor] = []
+
+    def seen(*args: Any) -> Any:
+        y = f(*args)
+        if isinstance(y, Tensor) and ((reason := once(y)) or (not level and foreign(y))):
+            reasons.append(reason)
+            edges.extend(_outside(y, args, level))
+        return y
+
+    def check() -> None:
+        if reason := next(filter(None, reasons), ""):
+            raise RuntimeError(f"f: {reason}{ADVICE}")
+        need_second(f, tree_map(Tensor.detach, x))
+
+    result = derive(seen, x)
+    return tree_map(lambda r: _Guard.apply(check, r, *edges), result) if edges else result
+
+
+def _outside(y: Tensor, args: Any, level: int) -> list[Tensor]:
+    """What leads from y to all that it depends on outside of a derivative by args, which began at this level of torch.func."""
+    if not is_functorch_wrapped_tensor(y):
+        inside = {id(t) for t in tree_leaves(args)}
+        leaves = [node.variable for node in nodes(y) if hasattr(node, "variable")]
+        return [t for t in leaves if id(t) not in inside]
+    while maybe_get_level(y) > level:
+        y = get_unwrapped(y)
+    return [y]
+
+
+class _Guard(torch.autograd.Function):
+    """A result as it is, with edges to what it depends on: backward checks before it goes on, even where r has no graph."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(check: Callable[[], None], r: Tensor, *edges: Tensor) -> Tensor:
+        return r.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.check, ctx.edges = inputs[0], len(inputs) - 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        ctx.check()
+        return None, grad, *[None] * ctx.edges
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor, *tangents: Any) -> Tensor:
+        ctx.check()
+        return tangent.clone()
+
+
+def variable(t: Tensor) -> Tensor:
+    """t, detached, to be differentiated by; tensors made in inference mode must be copied for that."""
+    return (t.clone() if t.is_inference() else t.detach()).requires_grad_()
 
 
 def normal(x: Tensor) -> Tensor:
@@ -122,9 +157,8 @@ def normal(x: Tensor) -> Tensor:
 def exact(product: HessianProduct, v: Tensor) -> Tensor:
     """Hv, or an error where it would be by differences."""
     w = product(v)
-    if product.method == "differences":
-        raise RuntimeError(
-            f"f: {product.reason}. Make its backward differentiable, or use torchcalc.calculus.curvature and "
-            "curvature_along, which fall back to differences of gradients"
-        )
+    if product.reason and product.method == "exact":
+        raise RuntimeError(f"f: its second derivative is {product.reason}; pass float32 or float64")
+    if product.reason:
+        raise RuntimeError(f"f: {product.reason}{ADVICE}")
     return w

@@ -20,8 +20,10 @@ and H, being symmetric, has an eigenvalue within one residual of θ. When the ba
 and v_{k+1} are a new basis in which (3) still holds with T = diag(θ): a thick restart bounds the memory.
 
 A start from the last eigenvector needs few products: too few, because an eigenvector that has been overtaken by another
-is still an eigenvector, and would be found again for ever. So the start has noise mixed in, and at least six products
-are made: all but one of them are then a Krylov space of the noise, in which what has overtaken stands out.
+is still an eigenvector, and would be found again for ever. So the start is half noise, which differs from start to start,
+and at least six products are made: all but one of them are then a Krylov space of the noise, in which what has overtaken
+stands out, the sooner the further it has. By less than a few per cent, or from within a dense bulk, it can stay unseen for
+a while, as the residual then tells of the one eigenvector only.
 
 Metric.  With a step P⁻¹∇f (P > 0 diagonal, as of Adam) let z = P^½x; then z takes plain gradient steps, and its Hessian is
 P^-½·H·P^-½.                                                                      (5)
@@ -41,13 +43,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torchcalc.calculus.hessian_product import HessianProduct, Tensors
-from torchcalc.calculus.training_loss import TrainingLoss, training_loss
+from torchcalc.calculus.hessian_product import HessianProduct
+from torchcalc.calculus.variables import Tensors
 
-__all__ = ["Curvature", "TrainingLoss", "curvature", "curvature_along", "training_loss"]
+__all__ = ["Curvature", "curvature", "curvature_along"]
 
 BASIS = 24  # vectors kept; after a restart half of them
-NOISE = 0.1  # mixed into a warm start
+NOISE = 1.0  # mixed into a warm start, as a multiple of it
 FEWEST = 6  # products, unless the residual vanishes
 
 
@@ -58,11 +60,12 @@ class Curvature:
     Attributes:
         value: λ; nan where a Hessian-vector product was not finite.
         vector: its eigenvector, of norm 1, a tensor or dict like the point; with a metric that of P^-½·H·P^-½.
-        residual: ‖Hu − λu‖: an eigenvalue lies within this distance of ``value``.
+        residual: ‖Hu − λu‖: an eigenvalue lies within this distance of ``value``; but no less than the unit of rounding of
+            the coarsest dtype at the point, times the largest eigenvalue in size.
         products: Hessian-vector products spent.
-        converged: whether the residual is as small as asked for.
+        converged: whether the residual is as small as asked for, or as rounding permits.
         method: "exact" second derivatives, or "differences" of gradients.
-        reason: why differences; else empty.
+        reason: why differences, or why exact products could not be checked; else empty.
     """
 
     value: float
@@ -75,7 +78,8 @@ class Curvature:
 
     def __str__(self) -> str:
         done = "" if self.converged else ", not converged"
-        how = "exact" if self.method == "exact" else f"by differences of gradients: {self.reason}"
+        how = "exact" if self.method == "exact" else "by differences of gradients"
+        how += f": {self.reason}" if self.reason else ""
         return f"λ = {self.value:.6g} ± {self.residual:.2g} ({self.products} Hessian-vector products{done}, {how})"
 
 
@@ -100,7 +104,8 @@ def curvature(
         start: where to begin, like ``at``: the ``.vector`` of the last time; otherwise at random.
         tolerance: the residual, relative to λ, at which to stop, > 0.
         max_products: or after so many Hessian-vector products, >= 1.
-        generator: of the random start (on any device); by default one of its own, the same at every call.
+        generator: of the noise to start from (on any device); by default one of its own, seeded by ``start``: the same
+            call has the same result.
 
     Returns:
         :class:`Curvature`. Where an operation in f has no second derivative, products are central differences of
@@ -117,10 +122,10 @@ def curvature(
     >>> round(found.value, 3), found.vector.abs().round(decimals=3)
     (20.0, tensor([0., 1.]))
     """
-    if not 0 < tolerance < 1:
+    if not (isinstance(tolerance, (int, float)) and 0 < tolerance < 1):
         raise ValueError(f"tolerance: {tolerance}; it must be in (0, 1)")
-    if max_products < 1:
-        raise ValueError(f"max_products: {max_products}; it must be at least 1")
+    if not (isinstance(max_products, int) and max_products >= 1):
+        raise ValueError(f"max_products: {max_products}; it must be an int, at least 1")
     hessian = HessianProduct(f, at)
     scale = None
     if metric is not None:
@@ -135,8 +140,9 @@ def curvature(
     first = _start(hessian, start, generator)
     pair = _lanczos(product, first, tolerance, max_products)
     _warn(hessian)
+    residual = max(pair.residual, hessian.eps * pair.size) if pair.residual == pair.residual else math.nan
     vector = hessian.like(pair.vector if start is None or pair.vector @ first >= 0 else -pair.vector)
-    return Curvature(pair.value, vector, pair.residual, pair.products, pair.converged, hessian.method, hessian.reason)
+    return Curvature(pair.value, vector, residual, pair.products, pair.converged, hessian.method, hessian.reason)
 
 
 def curvature_along(f: Callable[[Any], Tensor], at: Tensors, direction: Tensors) -> float:
@@ -172,14 +178,15 @@ def _warn(hessian: HessianProduct) -> None:
 
 
 def _start(hessian: HessianProduct, start: Tensors | None, generator: torch.Generator | None) -> Tensor:
-    """A unit vector: the one given, with some noise in it, or noise alone."""
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    """A unit vector: noise, and the one given mixed into it; the same noise for the same one."""
+    v = None if start is None else hessian.flat(start, "start")
+    if generator is None:
+        generator = torch.Generator().manual_seed(0 if v is None else hash(float(v.double().sum())))
     noise = torch.randn(hessian.size, generator=generator, dtype=hessian.dtype, device=generator.device)
     noise = noise.to(hessian.device)
     noise /= noise.norm()
-    if start is None:
+    if v is None:
         return noise
-    v = hessian.flat(start, "start")
     norm = v.norm()
     if not 0 < norm < math.inf:
         raise ValueError(f"start: its norm is {float(norm)}; it must be positive and finite, or None")
@@ -193,6 +200,7 @@ class _Ritz(NamedTuple):
     residual: float
     products: int
     converged: bool
+    size: float  #: of the largest Ritz value
 
 
 def _lanczos(product: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, max_products: int) -> _Ritz:
@@ -207,7 +215,7 @@ def _lanczos(product: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, m
         basis = V[: k + 1]
         w = product(v)
         if not bool(w.isfinite().all()):
-            return _Ritz(math.nan, v, math.nan, products, False)
+            return _Ritz(math.nan, v, math.nan, products, False, math.nan)
         c = basis @ w
         w = w - c @ basis
         again = basis @ w  # what rounding has left of it
@@ -216,7 +224,8 @@ def _lanczos(product: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, m
         beta = float(w.norm())
         theta, s = torch.linalg.eigh(T[: k + 1, : k + 1])
         value, residual = float(theta[-1]), beta * abs(float(s[-1, -1]))  # (4)
-        rounding = 10 * eps * float(theta.abs().max())
+        largest = float(theta.abs().max())
+        rounding = 10 * eps * largest
         small = residual <= tolerance * abs(value) and products >= FEWEST
         converged = small or residual <= rounding or k + 1 == n
         if converged or products == max_products:
@@ -229,4 +238,4 @@ def _lanczos(product: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, m
             T = T.new_zeros(size, size)
             T[:k, :k] = theta[-k:].diag()
     y = s[:, -1].to(V) @ V[: s.shape[0]]
-    return _Ritz(value, y / y.norm(), residual, products, converged)
+    return _Ritz(value, y / y.norm(), residual, products, converged, largest)

@@ -18,6 +18,12 @@ So a Jv by forward mode is checked by a row: for any u,
 
 The functions compose with each other and with ``torch.func``, on which they are built. Where that refuses an operation
 (an ``autograd.Function`` without ``setup_context``, a Python ``if`` under vmap) they use plain autograd, row by row.
+
+A second derivative is right or raises where a Function is marked with ``once_differentiable``, however the functions
+are nested: the result of the inner one has an edge to what f depends on, along which backward raises. A backward that
+works on detached tensors bears no mark. It is found by comparison with differences (``hessian_product.py``), which is
+possible everywhere but inside a transform of torch.func: ``hessian(f)`` and ``jacobian(gradient(f))`` notice it,
+``vmap(hessian(f))`` and ``jacobian(lambda x: gradient(f)(x))`` only if that Function has no ``setup_context``.
 """
 
 from __future__ import annotations
@@ -33,17 +39,18 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from torchcalc.calculus.checks import (
     exact,
-    like,
+    guarded,
     mark,
     need_second,
     need_second_if_nested,
     normal,
-    real,
-    real_tree,
     scalar,
     tensor,
+    variable,
 )
-from torchcalc.calculus.hessian_product import HessianProduct, named
+from torchcalc.calculus.hessian_product import HessianProduct
+from torchcalc.calculus.operations import nodes
+from torchcalc.calculus.variables import like, named, real
 
 __all__ = ["derivative", "directional_derivative", "gradient", "hessian", "hvp", "jacobian", "partial"]
 
@@ -71,17 +78,20 @@ def derivative(f: Function) -> Function:
     """
 
     def f_prime(x: Tensor | float) -> Tensor:
-        (x,) = real(x)
+        x = real(x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: a {type(x).__name__}; pass a float tensor or a number, or use gradient or partial")
         if not x.numel():
             return torch.zeros_like(x)
         ts = x.reshape(-1)
-        for t in ts[:4]:
-            need_second_if_nested(f, t)
+        each = lambda g, ts: torch.stack([g(t) for t in ts.unbind()])  # noqa: E731
         try:
-            slopes = vmap(jacrev(tensor(f)))(ts)
+            need_second_if_nested(f, ts, lambda g, ts: vmap(g)(ts))
+            slopes = guarded(lambda f, ts: vmap(jacrev(tensor(f)))(ts), f, ts)
         except RuntimeError as error:
             _reraise(error)
-            slopes = torch.stack([_jacobian(f, t) for t in ts])
+            need_second_if_nested(f, ts, each)
+            slopes = each(lambda t: _jacobian(f, t), ts)
         return slopes.reshape(x.shape + slopes.shape[1:])
 
     return mark(f_prime, f)
@@ -91,7 +101,7 @@ def partial(f: Function, i: int) -> Function:
     """The partial derivative (2) of a function of several variables, by argument i, counted from 0.
 
     Args:
-        f: takes tensors and returns a tensor.
+        f: takes tensors, or dicts of tensors, and returns a tensor.
         i: which argument; a negative one counts from the end.
 
     Returns:
@@ -105,13 +115,16 @@ def partial(f: Function, i: int) -> Function:
     tensor(12.)
     """
 
-    def f_i(*args: Any) -> Tensor:
+    if not isinstance(i, int):
+        raise TypeError(f"i: {i!r}; it must be the number of an argument, an int")
+
+    def f_i(*args: Any) -> Any:
         if not -len(args) <= i < len(args):
             raise IndexError(f"i: {i}; f was called with {len(args)} arguments, counted from 0")
         k = i % len(args)
         xs = [torch.tensor(float(a)) if isinstance(a, (int, float)) else a for a in args]
-        xs[k] = real(xs[k])[0]
-        variables = {str(j): x for j, x in enumerate(xs) if isinstance(x, Tensor) and x.is_floating_point()}
+        xs[k] = real(xs[k], f"argument {i}")
+        variables = {str(j): x for j, x in enumerate(xs) if j == k or (isinstance(x, Tensor) and x.is_floating_point())}
         need_second_if_nested(f, variables, lambda g, at: g(*[at.get(str(j), x) for j, x in enumerate(xs)]))
         return _jacobian(lambda x: f(*xs[:k], x, *xs[k + 1 :]), xs[k])
 
@@ -137,8 +150,11 @@ def gradient(f: Function) -> Function:
     """
 
     def grad_f(x: Any) -> Any:
-        x = real_tree(x)
+        x = real(x)
         need_second_if_nested(f, x)
+        return guarded(by_reverse, f, x)
+
+    def by_reverse(f: Function, x: Any) -> Any:
         try:
             return torch.func.grad(scalar(f))(x)
         except RuntimeError as error:
@@ -166,7 +182,7 @@ def jacobian(f: Function) -> Function:
     """
 
     def J(x: Any) -> Any:
-        x = real_tree(x)
+        x = real(x)
         need_second_if_nested(f, x)
         return _jacobian(f, x)
 
@@ -190,18 +206,18 @@ def directional_derivative(f: Function, v: Any) -> Function:
     """
 
     def along(x: Any) -> Tensor:
-        x = real_tree(x)
-        like(v, x)
+        x = real(x)
+        d = like(v, x)
         need_second_if_nested(f, x)
         g = tensor(f)
         try:
-            out: Tensor = jvp(g, (x,), (v,))[1]
-            if _are_functorch_transforms_active() or _adjoint(g, x, v, out):
+            out: Tensor = jvp(g, (x,), (d,))[1]
+            if _are_functorch_transforms_active() or _adjoint(g, x, d, out):
                 return out
         except RuntimeError as error:
             _reraise(error)
         J = tree_leaves(_jacobian(f, x))
-        return _sum(torch.tensordot(Ji, vi, dims=vi.dim()) for Ji, vi in zip(J, tree_leaves(v), strict=True))
+        return _sum(torch.tensordot(Ji, di, dims=di.dim()) for Ji, di in zip(J, tree_leaves(d), strict=True))
 
     return mark(along, f)
 
@@ -224,10 +240,10 @@ def hessian(f: Function) -> Function:
     """
 
     def H(x: Any) -> Any:
-        x = real_tree(x)
+        x = real(x)
         need_second(f, x)
         try:
-            return jacrev(torch.func.grad(scalar(f)))(x)
+            return jacrev(gradient(f))(x)
         except RuntimeError as error:
             _reraise(error)
         product = HessianProduct(scalar(f), x)
@@ -243,7 +259,7 @@ def hessian(f: Function) -> Function:
         }
         return blocks[""][""] if isinstance(x, Tensor) else blocks
 
-    return H
+    return mark(H, f)
 
 
 def hvp(f: Function, v: Any) -> Function:
@@ -263,22 +279,22 @@ def hvp(f: Function, v: Any) -> Function:
     """
 
     def Hv(x: Any) -> Any:
-        x = real_tree(x)
-        like(v, x)
+        x = real(x)
+        d = like(v, x)
         need_second(f, x)
 
         def slope(x: Any) -> Tensor:
-            g = torch.func.grad(scalar(f))(x)
-            return _sum((gi * vi).sum() for gi, vi in zip(tree_leaves(g), tree_leaves(v), strict=True))
+            g = gradient(f)(x)
+            return _sum((gi * di).sum() for gi, di in zip(tree_leaves(g), tree_leaves(d), strict=True))
 
         try:
             return torch.func.grad(slope)(x)
         except RuntimeError as error:
             _reraise(error)
         product = HessianProduct(scalar(f), x)
-        return product.like(exact(product, product.flat(v, "v")))
+        return product.like(exact(product, product.flat(d, "v")))
 
-    return Hv
+    return mark(Hv, f)
 
 
 def _sum(terms: Any) -> Tensor:
@@ -287,6 +303,10 @@ def _sum(terms: Any) -> Tensor:
 
 
 def _jacobian(f: Function, x: Any) -> Any:
+    return guarded(_rows, f, x)
+
+
+def _rows(f: Function, x: Any) -> Any:
     try:
         return jacrev(tensor(f))(x)
     except RuntimeError as error:
@@ -295,15 +315,17 @@ def _jacobian(f: Function, x: Any) -> Any:
 
 
 def _plain_jacobian(f: Function, x: Any) -> Any:
-    """Row by row with plain autograd; differentiable again where x requires grad."""
+    """Row by row with plain autograd; differentiable again by all that requires grad."""
     leaves, structure = tree_flatten(x)
-    again = any(t.requires_grad for t in leaves)
-    with torch.enable_grad():
-        xs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in leaves]
+    with torch.inference_mode(False), torch.enable_grad():
+        xs = [t.view_as(t) if t.requires_grad else variable(t) for t in leaves]
         y = f(tree_unflatten(xs, structure))
+        own = {id(t) for t in xs}
+        again = any(hasattr(node, "variable") and id(node.variable) not in own for node in nodes(y))
         rows = [_row(component, xs, again) for component in y.reshape(-1)]
     columns = [
-        torch.stack(column).reshape(y.shape + t.shape) for column, t in zip(zip(*rows, strict=True), xs, strict=True)
+        torch.stack([row[i] for row in rows]).reshape(y.shape + t.shape) if rows else t.new_zeros(y.shape + t.shape)
+        for i, t in enumerate(xs)
     ]
     return tree_unflatten(columns, structure)
 
@@ -312,7 +334,7 @@ def _row(y: Tensor, xs: list[Tensor], again: bool) -> list[Tensor]:
     if not y.requires_grad:  # a constant
         return [torch.zeros_like(x) for x in xs]
     found = torch.autograd.grad(y, xs, retain_graph=True, create_graph=again, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, xs, strict=True)]
+    return [torch.zeros_like(x) if g is None else g.to_dense() for g, x in zip(found, xs, strict=True)]
 
 
 def _adjoint(f: Function, x: Any, v: Any, out: Tensor) -> bool:

@@ -20,15 +20,22 @@ h/3L³ = ε/h², that is
 
 L is taken as the distance along u at which the first element of x has moved by the root-mean-square of all elements,
 but at least 0.01: L = max(rms(x), 0.01)/max|uᵢ|. That is a guess, and (4) is not for ReLU networks, where g jumps at
-kinks: n of them between x ± h·u, each of random sign, add a noise of √n/h ~ 1/√h, and longer steps are better. So 100h,
-10h and h are tried on the first vector, and the one is kept whose product changes least with the step. The result is
-the curvature averaged over that distance.
+kinks: n of them between x ± h·u, each of random sign, add a noise of √n/h ~ 1/√h, and longer steps are better. So on the
+first vector steps from 1000h to h/1000 are tried, and the one is kept whose quotient changes least to the next longer
+and shorter one. The result is the curvature averaged over that distance.
 
 No second derivative is often no error in torch: what ``once_differentiable`` guards, or a backward that works on
 detached tensors or in NumPy, is taken for a constant, and its share of Hv is silently zero. torch's own operations are
-right or raise, and so are torchcalc's. Where a graph contains others, and where Hv is zero because no path leads from g
-back to x (as it must be for linear f), the first product is compared with (3), by h and shorter steps, which meet fewer
-kinks or none, and believed if it agrees with one of them to a tenth.
+right or raise, and so are torchcalc's. The mark of ``once_differentiable`` can be seen, and settles it. Where a graph
+contains other operations that are not torch's, and where Hv is zero because no path leads from g back to x (as it must
+be for linear f), the first product p is compared with the quotients qᵢ of the same scan. By (3) qᵢ is wrong by about as
+much as it differs from the quotient qᵢ₋₁ of a ten times longer step, and by rounding:
+
+    dᵢ = ‖qᵢ − qᵢ₋₁‖ + ‖v‖·e/hᵢ                                                   (5)
+
+and p is believed if ‖p − qᵢ‖ ≤ 3dᵢ + 10⁻⁴·‖qᵢ‖ where dᵢ is least. Less than that can be missing unseen. Where kinks
+leave the least dᵢ above 3 % of the quotient, p is believed if it agrees to a tenth with one of the shorter steps, which
+meet few kinks or none. In bfloat16 and float16 there are no quotients: p is believed, and ``reason`` says so.
 
 Reference: Pearlmutter 1994, "Fast exact multiplication by the Hessian", doi:10.1162/neco.1994.6.1.147; Nocedal, Wright
 2006, "Numerical optimization", section 8.1.
@@ -37,25 +44,31 @@ Reference: Pearlmutter 1994, "Fast exact multiplication by the Hessian", doi:10.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchcalc.calculus.operations import foreign, once
 from torchcalc.calculus.training_loss import TrainingLoss
+from torchcalc.calculus.variables import Tensors, like, named
 
-__all__ = ["HessianProduct", "foreign"]
+__all__ = ["HessianProduct"]
 
-Tensors = Tensor | Mapping[str, Tensor]
+STEPS = (1000.0, 100.0, 10.0, 1.0, 0.1, 0.01, 0.001)  # tried on the first vector, in units of (4)
+JUDGES = STEPS[2:]  # whose quotients a product is compared with: in longer ones truncation agrees with itself
+DOUBTFUL = 0.03  # of a quotient, is (5) on functions with kinks, and 10⁻³ or less on smooth ones
+AGREEMENT = 0.1  # of a product with a quotient, by which it is believed there
 
-AGREEMENT = 0.1  # of a product with its difference quotient, within which the product is believed
-SHORTER = (1.0, 0.1, 0.01, 0.001)  # steps of that comparison, in units of (4)
-LONGER = (1000.0, 100.0, 10.0, 1.0, 0.1)  # steps that are tried on the first vector; one with two neighbours is kept
+
+class _Quotient(NamedTuple):
+    step: float
+    value: Tensor
+    noise: float  #: the norm of what rounding contributes
 
 
 class HessianProduct:
@@ -63,22 +76,21 @@ class HessianProduct:
 
     Attributes:
         method: "exact", by (2), or "differences", by (3); decided by the first product.
-        reason: why differences, in words.
+        reason: why differences, in words; or why an exact product could not be checked.
         size: elements of x.
+        eps: the unit of rounding of their coarsest dtype.
     """
 
     def __init__(self, f: Callable[[Any], Tensor], at: Tensors) -> None:
         self._parts: Sequence[Callable[[Any], Tensor]] = f.parts if isinstance(f, TrainingLoss) else [f]
         self._bare = isinstance(at, Tensor)
-        self._at = {name: x.detach() for name, x in named(at, "at").items()}
-        for name, x in self._at.items():
-            if not x.is_floating_point():
-                raise TypeError(f"at{f'[{name!r}]' if name else ''}: {x.dtype} is not a real float dtype; convert it")
+        self._at = named(at, "at")
         self.size = sum(x.numel() for x in self._at.values())
         if not self.size:
             raise ValueError("at: it has no elements; pass what f is to be differentiated by")
         self.device = next(iter(self._at.values())).device
         self.dtype = torch.float64 if any(x.dtype == torch.float64 for x in self._at.values()) else torch.float32
+        self.eps = max(torch.finfo(x.dtype).eps for x in self._at.values())
         self.method: Literal["exact", "differences"] = "exact"
         self.reason = ""
         self._decided = False
@@ -87,12 +99,8 @@ class HessianProduct:
 
     def flat(self, tree: Tensors, name: str) -> Tensor:
         """A tensor or dict like x, as one vector."""
-        tensors = named(tree, name)
-        shapes = {k: tuple(x.shape) for k, x in self._at.items()}
-        found = {k: tuple(t.shape) for k, t in tensors.items()}
-        if isinstance(tree, Tensor) != self._bare or found != shapes:
-            raise ValueError(f"{name}: its shapes are {found}; those of `at` are {shapes}")
-        return self._join([tensors[k].detach() for k in self._at])
+        alike: Any = like(tree, self._at[""] if self._bare else self._at, name, "`at`")
+        return self._join([t.detach() for t in ([alike] if self._bare else alike.values())])
 
     def like(self, vector: Tensor) -> Any:
         """One vector, as a tensor or dict like x."""
@@ -102,19 +110,27 @@ class HessianProduct:
     def __call__(self, v: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad(), _attention_with_second_derivative():
             if self.method == "differences":
-                return self._differences(v, self._step)[0]
+                return self._difference(v, self._step).value
+            scan: list[_Quotient] = []
             try:
                 product, unsure = self._exact(v)
-                self.reason = "" if self._decided or not unsure else self._contradiction(v, product)
+                if self._decided or not unsure:
+                    self._decided = True
+                    return product
+                if low := self._low():
+                    self._decided, self.reason = True, f"unchecked: {low} is too coarse for differences of gradients"
+                    return product
+                scan = self._scan(v)
+                self.reason = self._contradiction(product, scan)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
-                self.reason = str(error).split("\n")[0]
+            except (RuntimeError, AssertionError, TypeError) as error:  # what a backward may refuse by
+                self.reason = str(error).split("\n")[0] or type(error).__name__
             self._decided = True
             if not self.reason:
                 return product
             self.method, self._graph = "differences", None
-            return self._first_differences(v)  # if f itself is at fault, this raises its error
+            return self._kept(scan or self._scan(v))  # if f itself is at fault, this raises its error
 
     def _exact(self, v: Tensor) -> tuple[Tensor, bool]:
         """Hv by (2), and whether it may lack something."""
@@ -139,7 +155,9 @@ class HessianProduct:
         xs, y = self._evaluate(part, list(self._at.values()))
         gs = torch.autograd.grad(y, xs, create_graph=True, allow_unused=True)
         unsure = not self._decided and foreign(y)
-        return xs, [torch.zeros_like(x) if g is None else g for x, g in zip(xs, gs, strict=True)], unsure
+        if unsure and (reason := once(y)):
+            raise RuntimeError(reason)
+        return xs, [torch.zeros_like(x) if g is None else g.to_dense() for x, g in zip(xs, gs, strict=True)], unsure
 
     def _evaluate(self, part: Callable[[Any], Tensor], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         xs = [x.detach().clone().requires_grad_() for x in values]
@@ -159,43 +177,52 @@ class HessianProduct:
             total += self._join([torch.zeros_like(x) if g is None else g for x, g in zip(xs, gs, strict=True)])
         return total
 
-    def _differences(self, v: Tensor, step: float) -> tuple[Tensor, Tensor]:
-        """Hv by (3), and the norm of what rounding contributes to it."""
-        low = {x.dtype for x in self._at.values()} - {torch.float32, torch.float64}
-        if low:
-            raise ValueError(f"at: {low.pop()} is too coarse for differences of gradients; pass float32 or float64")
+    def _low(self) -> torch.dtype | None:
+        return next((x.dtype for x in self._at.values() if x.dtype not in (torch.float32, torch.float64)), None)
+
+    def _difference(self, v: Tensor, step: float) -> _Quotient:
+        """Hv by (3), with a step in units of (4)."""
+        if low := self._low():
+            raise ValueError(f"at: {low} is too coarse for differences of gradients; pass float32 or float64")
         if not v.any() or not v.isfinite().all():
-            return v * 0, v.new_zeros(())
+            return _Quotient(step, v * 0, 0.0)
         xs = list(self._at.values())
-        eps = max(torch.finfo(x.dtype).eps for x in xs)
         rms = self._join(xs).square().mean().sqrt()
-        h = step * (3 * eps) ** (1 / 3) * rms.clamp(min=0.01) / v.abs().max()  # (4), in units of ‖v‖
+        h = step * (3 * self.eps) ** (1 / 3) * rms.clamp(min=0.01) / v.abs().max()  # (4), in units of ‖v‖
         steps = self._split(h * v)
         above = self._gradient([x + s for x, s in zip(xs, steps, strict=True)])
         below = self._gradient([x - s for x, s in zip(xs, steps, strict=True)])
-        return (above - below) / (2 * h), eps * above.norm() / h  # (3)
+        return _Quotient(step, (above - below) / (2 * h), float(self.eps * above.norm() / h))  # (3)
 
-    def _first_differences(self, v: Tensor) -> Tensor:
-        """Hv by (3), and the step to keep."""
-        tried = [self._differences(v, step)[0] for step in LONGER]
-        change = [float((b - a).norm().nan_to_num(math.inf)) for a, b in pairwise(tried)]
-        best = min(range(len(LONGER) - 2, 0, -1), key=lambda i: change[i - 1] + change[i])
-        self._step = LONGER[best]
-        return tried[best]
+    def _scan(self, v: Tensor) -> list[_Quotient]:
+        return [self._difference(v, step) for step in STEPS]
 
-    def _contradiction(self, v: Tensor, product: Tensor) -> str:
+    def _kept(self, scan: list[_Quotient]) -> Tensor:
+        """Hv by the step that is kept."""
+        change = [_norm(b.value - a.value) for a, b in pairwise(scan)]
+        best = min(range(len(scan) - 2, 0, -1), key=lambda i: change[i - 1] + change[i])
+        self._step = scan[best].step
+        return scan[best].value
+
+    def _contradiction(self, product: Tensor, scan: list[_Quotient]) -> str:
         """How differences contradict a product, or nothing if they do not."""
-        for step in SHORTER:
-            quotient, noise = self._differences(v, step)
-            if (product - quotient).norm() <= AGREEMENT * quotient.norm() + noise:
-                return ""
+        judges = [q for q in scan if q.step in JUDGES]
+        doubts = [(_norm(b.value - a.value) + b.noise, b) for a, b in pairwise(judges)]  # (5)
+        doubt, best = min(doubts, key=lambda pair: pair[0])
+        size = _norm(best.value)
+        if doubt < DOUBTFUL * size:
+            right = _norm(product - best.value) <= 3 * doubt + 1e-4 * size
+        else:
+            right = any(_norm(product - q.value) <= AGREEMENT * _norm(q.value) + q.noise for q in judges if q.step <= 1)
         return (
-            f"second derivatives are silently missing (a product of norm {product.norm():.3g} has {quotient.norm():.3g} "
-            f"by differences): some backward, not one of torch's own, is not differentiable"
+            ""
+            if right
+            else f"second derivatives are silently missing (a product of norm {_norm(product):.3g} has {size:.3g} by "
+            "differences): some backward, not one of torch's own, is not differentiable"
         )
 
     def _join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
+        return torch.cat([t.to_dense().reshape(-1).to(self.device, self.dtype) for t in tensors])
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         xs = self._at.values()
@@ -203,30 +230,8 @@ class HessianProduct:
         return [p.reshape(x.shape).to(x.device, x.dtype) for p, x in zip(pieces, xs, strict=True)]
 
 
-def named(tree: Tensors, name: str) -> dict[str, Tensor]:
-    """A dict of tensors as it is, a tensor under the name ''."""
-    tensors = {"": tree} if isinstance(tree, Tensor) else dict(tree) if isinstance(tree, Mapping) else {}
-    if not tensors or not all(isinstance(x, Tensor) for x in tensors.values()):
-        raise TypeError(f"{name}: a {type(tree).__name__}; pass a tensor or a dict of tensors")
-    return tensors
-
-
-def foreign(output: Tensor) -> bool:
-    """Whether the graph of an output contains operations whose second derivative neither torch nor torchcalc answers for."""
-    waiting: list[Any] = [output.grad_fn]
-    seen = {None}
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, BackwardCFunction):  # written in Python
-            if not type(node)._forward_cls.__module__.startswith("torchcalc."):  # type: ignore[attr-defined]
-                return True
-        elif type(node).__name__ == "CppFunction":  # written in C++, outside torch
-            return True
-        waiting.extend(n for n, _ in node.next_functions)
-    return False
+def _norm(x: Tensor) -> float:
+    return float(x.norm().nan_to_num(math.inf))
 
 
 @contextmanager
