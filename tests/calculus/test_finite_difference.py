@@ -12,7 +12,7 @@ SMOOTH = {
     "sin": (torch.sin, torch.cos, [0.0, 1.0, 100.0, 1e4, 1e6]),
     "fast sine": (lambda x: torch.sin(50 * x), lambda x: 50 * torch.cos(50 * x), [0.0, 0.3, 1.0]),
     "exp": (torch.exp, torch.exp, [0.0, 1.0, -30.0, 50.0, 700.0]),
-    "log near its edge": (torch.log, lambda x: 1 / x, [1e-3, 0.01, 1.0, 1e5]),
+    "log near its edge": (torch.log, lambda x: 1 / x, [1e-12, 1e-8, 3e-8, 1e-7, 1e-3, 0.01, 1.0, 1e5]),
     "math.log": (math.log, lambda x: 1 / x, [0.01, 3.0]),
     "sqrt": (torch.sqrt, lambda x: 0.5 / x.sqrt(), [1e-4, 0.01, 2.0]),
     "pole": (lambda x: 1 / x, lambda x: -1 / x**2, [0.01, 0.3, -4.0]),
@@ -21,9 +21,10 @@ SMOOTH = {
     "offset": (lambda x: 3 * x + 1e6, lambda x: 0 * x + 3, [0.0, 1.0, 1e4]),
     "constant": (lambda x: 1.0, lambda x: 0 * x, [0.0, 2.0]),
     "narrow bell": (lambda x: torch.exp(-100 * x**2), lambda x: -200 * x * torch.exp(-100 * x**2), [0.0, 0.05, 1.0]),
+    "tiny scale": (lambda x: torch.sin(1e8 * x), lambda x: 1e8 * torch.cos(1e8 * x), [1e-8, -3e-8]),
     "cancellation": (lambda x: (1 - torch.cos(x)) / x**2, None, [0.5, 0.01]),
     "|x|³": (lambda x: x.abs() ** 3, lambda x: 3 * x * x.abs(), [0.0, 0.01]),
-    "beside a kink": (torch.relu, lambda x: (x > 0).double(), [1e-3, -0.003, 0.2]),
+    "beside a kink": (torch.relu, lambda x: (x > 0).double(), [1e-9, 1e-7, 1e-3, -0.003, 0.2]),
 }
 
 

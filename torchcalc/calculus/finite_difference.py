@@ -28,6 +28,10 @@ so small that nothing else is left, scatter more: then e is the largest |D₁(h)
 Kinks.  The one-sided slopes differ by G(h) = (f(x + h) − 2f(x) + f(x − h))/h = h·f'' + O(h³). If 2G(h/2) − G(h) does not
 vanish, x is a kink, as of |x| at 0: any slope between the two is as good, and the error is at least half the gap.  (5)
 
+Scale.  Steps shrink from a quarter of max(|x|, 1) to √ε. Where that leaves a relative error above 10⁻⁶, as of log at 10⁻⁸, with
+its edge nearer than all steps, or of relu at 10⁻⁹, they are tried from a quarter to √ε of |x| as well, and the result with
+the smaller error is taken.
+
 Reference: Ridders 1982, doi:10.1016/S0141-1195(82)80057-0.
 """
 
@@ -43,7 +47,10 @@ from torch import Tensor
 
 __all__ = ["NumericDerivative", "Secant", "SecantTable", "numeric_derivative", "secant_table"]
 
-LARGEST = 0.25  # h, relative to max(|x|, 1); the smallest is √ε, or 16 units in the last place of x
+LARGEST = (
+    0.25  # h, relative to the scale of f, which is max(|x|, 1) or |x|; the smallest is √ε, or √ε·|x|, or 16 ulp of x
+)
+ROUGH = 1e-6  # relative error beyond which the scale may be |x|
 SCATTER = 3  # shortest secants whose scatter is the rounding error of f
 COLUMNS = 6  # of the tableau; more of them only add rounding
 
@@ -75,8 +82,9 @@ def numeric_derivative(f: Callable[[Any], Any], x: Tensor | float) -> NumericDer
 
     Args:
         f: takes a 0-d float64 tensor and returns a tensor of any shape, or a number; called about 50 times for each
-            element of x. It need not be differentiable by torch; where it raises ValueError, RuntimeError or an
-            arithmetic error (outside its domain) it counts as nan. One that computes in float32 gets fewer digits.
+            element of x, or 100 times near 0. It need not be differentiable by torch; where it raises ValueError,
+            RuntimeError or an arithmetic error (outside its domain) it counts as nan. One that computes in float32 gets
+            fewer digits.
         x: float tensor, f' is taken at every element of it, or a number.
 
     Returns:
@@ -106,12 +114,23 @@ def _at(f: Callable[[Any], Any], x: Tensor) -> tuple[Tensor, Tensor, Tensor, int
     """(value, error, step, evaluations) at one x."""
     with torch.no_grad():
         center = _value(f(x), x)
-        eps = torch.finfo(center.dtype).eps
-        size, ulp = abs(float(x)), torch.finfo(x.dtype).eps * abs(float(x))
-        largest, least = LARGEST * max(size, 1.0), max(eps**0.5, 16 * ulp)
-        count = round(math.log2(largest / least)) + 1
-        hs = [(x + largest * 2.0**-k) - x for k in range(count)]  # as they are in floating point
-        ups, downs = ([_try(f, x + sign * h, center) for h in hs] for sign in (1, -1))
+        size = abs(float(x))
+        value, error, step, evaluations = _ladder(f, x, center, max(size, 1.0))
+        if 0 < size < 1 and not bool((error <= ROUGH * value.abs()).all()):
+            *near, more = _ladder(f, x, center, size)
+            better = near[1] < error
+            value, error, step = (torch.where(better, b, a) for a, b in zip((value, error, step), near, strict=True))
+            evaluations += more
+    return value, error, step, 1 + evaluations
+
+
+def _ladder(f: Callable[[Any], Any], x: Tensor, center: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The same from steps that shrink from LARGEST·scale, without the evaluation at x."""
+    eps = torch.finfo(center.dtype).eps
+    largest, least = LARGEST * scale, max(eps**0.5 * min(scale, 1.0), 16 * torch.finfo(x.dtype).eps * abs(float(x)))
+    count = round(math.log2(largest / least)) + 1
+    hs = [(x + largest * 2.0**-k) - x for k in range(count)]  # as they are in floating point
+    ups, downs = ([_try(f, x + sign * h, center) for h in hs] for sign in (1, -1))
     rows: list[list[Tensor]] = []
     for h, up, down in zip(hs, ups, downs, strict=True):
         row = [(up - down) / (2 * h)]  # (2)
@@ -139,7 +158,7 @@ def _at(f: Callable[[Any], Any], x: Tensor) -> tuple[Tensor, Tensor, Tensor, int
     gap = (2 * gaps[1] - gaps[0]).abs()
     kink = gap > 16 * eps * center.abs() / hs[-1] + 1e-3 * gaps[1].abs()
     error = torch.where(kink, torch.maximum(error, gap / 2), error)  # (5)
-    return value, error, step, 1 + 2 * len(hs)
+    return value, error, step, 2 * len(hs)
 
 
 def _value(y: Any, x: Tensor) -> Tensor:
