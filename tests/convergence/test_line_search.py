@@ -131,6 +131,10 @@ def test_armijo_takes_the_first_of_a_geometric_sequence(surface):
         assert found.value == float(surface(found.point))
 
 
+def test_armijo_does_not_look_at_c2():
+    assert line_search(quadratic, X, D, c1=0.95).step == 2**-4  # (1 − α)² ≤ 1 − 2·0.95·α
+
+
 @by_name
 def test_armijo_agrees_with_scipy_on_the_first_step_and_the_condition(surface):
     for x, d in starts(surface):
@@ -225,6 +229,56 @@ def test_gives_up_where_f_falls_for_ever():
     assert found.step == 2.0**7 and found.value == -(1 + 2.0**7)  # the best so far
 
 
+KINKS = {
+    "absolute value": lambda x: (x - 0.3).abs().sum(),
+    "unequal slopes": lambda x: ((x - 0.3).abs() + 3 * (x - 0.3).relu()).sum(),
+    "falls without end": lambda x: -((2 - x) ** 3).sum(),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_gives_up_at_a_kink(name, dtype, scale):
+    """Where no step is flat the bracket shrinks to a point, which has the least value."""
+    x = torch.ones(1, dtype=dtype)
+    found = line_search(
+        KINKS[name], x, torch.full_like(x, -scale), method="strong_wolfe", step=1 / scale, c2=0.1, max_evaluations=400
+    )
+    if name == "falls without end":
+        assert not found.converged and found.value < -1e20
+    else:
+        assert found.point.item() == pytest.approx(0.3, rel=1e-6)
+        assert found.converged == (found.slope == 0)  # float32 may land on the kink, where autograd says 0
+        assert found.converged or "shrunk to a point, " in found.reason
+
+
+def test_relu_networks():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))
+        f = training_loss(model, nn.functional.l1_loss, (torch.randn(20, 5), torch.randn(20, 1)))
+        d = {k: -g for k, g in torch.func.grad(f)(f.parameters).items()}
+        found = line_search(f, f.parameters, d, method="strong_wolfe", c2=0.1, max_evaluations=200)
+        assert found.value < f(f.parameters) and (found.converged or "a kink of f" in found.reason)
+
+
+def test_a_step_that_changes_nothing_is_none():
+    """1000 + 10⁻⁴ is 1000 in float32: (1) would compare f(x) with itself."""
+    x = torch.tensor([1.0001, 1.0003])
+    f = lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2 + 1000  # noqa: E731
+    found = line_search(f, x, -gradient(f, x), max_evaluations=200)
+    assert not found.converged and found.step == 0 and "too small to change x" in found.reason
+    found = line_search(f, x, -gradient(f, x), max_evaluations=200, method="strong_wolfe")
+    assert not found.converged and found.evaluations < 50
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        found = line_search(quadratic, torch.tensor([1.0, 2.0]), torch.tensor([-1.0, -2.0]))
+    assert found.converged and found.value == 0
+
+
 def test_gives_up_where_the_gradient_lies():
     class Liar(torch.autograd.Function):
         @staticmethod
@@ -285,9 +339,10 @@ X, D = torch.tensor([1.0, 2.0]), torch.tensor([-1.0, -2.0])
         ((lambda x: 1.0, X, D), ValueError, "f returned float"),
         ((quadratic, X, {"a": D}), ValueError, "direction: its shapes are {'a'"),
         ((quadratic, X, D[:1]), ValueError, "direction: its shapes"),
-        ((quadratic, [X], D), ValueError, "x: list; it must be a tensor or a dict"),
-        ((quadratic, {}, {}), ValueError, "x: dict"),
-        ((quadratic, X.to(torch.complex64), D), TypeError, "x: torch.complex64 is not a real float dtype"),
+        ((quadratic, [X], D), TypeError, "x: a list; pass a tensor or a dict of tensors"),
+        ((quadratic, {}, {}), TypeError, "x: a dict; pass a tensor or a dict of tensors, not an empty one"),
+        ((quadratic, X.to(torch.complex64), D), TypeError, "x: torch.complex64 is no real variable"),
+        ((quadratic, X, 1j * D), TypeError, "direction: torch.complex64 is not real"),
     ],
 )
 def test_errors(arguments, error, message):
@@ -301,8 +356,9 @@ def test_errors(arguments, error, message):
         (dict(method="wolfe"), 'must be "armijo" or "strong_wolfe"'),
         (dict(step=0.0), "step: 0.0; it must be positive"),
         (dict(step=math.nan), "step: nan"),
-        (dict(c1=0.95), "c1, c2: 0.95, 0.9"),
-        (dict(c2=1.0), "c1, c2"),
+        (dict(c1=0.95, method="strong_wolfe"), "c1, c2: 0.95, 0.9"),
+        (dict(c1=1.0), r"c1: 1.0; it must be in \(0, 1\)"),
+        (dict(c2=1.0, method="strong_wolfe"), "c1, c2"),
         (dict(shrink=1.0), "shrink: 1.0"),
         (dict(max_evaluations=1), "max_evaluations: 1"),
     ],

@@ -30,16 +30,16 @@ Reference: Nocedal, Wright 2006, "Numerical optimization", algorithms 3.1, 3.5 a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["LineSearch", "line_search"]
+from torchcalc.calculus.variables import Tensors, like, named
 
-Tensors = Tensor | Mapping[str, Tensor]
+__all__ = ["LineSearch", "line_search"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def line_search(
     Raises:
         ValueError: f does not fall along the direction, or is not finite at x, or is no scalar; direction is not like x; an
             option out of range.
-        TypeError: x is not of a real float dtype.
+        TypeError: x is not of a real float dtype, or no tensor or dict of them; direction is complex.
 
     Reference: Nocedal, Wright 2006, algorithms 3.1, 3.5, 3.6.
 
@@ -114,7 +114,9 @@ def line_search(
         raise ValueError(f'method: {method!r}; it must be "armijo" or "strong_wolfe"')
     if not 0 < step < math.inf:
         raise ValueError(f"step: {step}; it must be positive and finite")
-    if not 0 < c1 < c2 < 1:
+    if not 0 < c1 < 1:
+        raise ValueError(f"c1: {c1}; it must be in (0, 1)")
+    if method == "strong_wolfe" and not c1 < c2 < 1:
         raise ValueError(f"c1, c2: {c1}, {c2}; they must satisfy 0 < c1 < c2 < 1")
     if not 0 < shrink < 1:
         raise ValueError(f"shrink: {shrink}; it must be in (0, 1)")
@@ -141,8 +143,11 @@ def line_search(
 
 def _backtrack(line: _Line, step: float, shrink: float) -> _Trial:
     """Algorithm 3.1."""
+    assert line.start is not None
     while not line.low_enough(trial := line.at(step, graph=False)):  # (1)
         step *= shrink
+    if trial.is_at(line.start):  # (1) then compares f(x) with itself, rounded
+        raise _GaveUp(line.start, f"a step of {step:.3g} is too small to change x in its dtype")
     return trial
 
 
@@ -169,6 +174,8 @@ def _zoom(line: _Line, low: _Trial, high: _Trial) -> _Trial:
         line.best = low
         trial = line.at(_between(low, high, other))
         if not line.low_enough(trial) or trial.value >= low.value or math.isnan(trial.slope):
+            if trial.is_at(low):
+                raise _shrunk(low)
             other, high = high, trial
             continue
         if line.flat_enough(trial):
@@ -183,18 +190,22 @@ def _zoom(line: _Line, low: _Trial, high: _Trial) -> _Trial:
 def _between(low: _Trial, high: _Trial, other: _Trial | None) -> float:
     """A step between two, by (4), away from the ends; the middle where the curve has no such minimum there."""
     h = high.step - low.step
-    u = (high.value - low.value - low.slope * h) / (h * h)  # b + a·h
+    middle = low.step + 0.5 * h
+    if middle in (low.step, high.step):
+        raise _shrunk(low)
+    c = low.slope * h  # from here on in units of h
+    u = high.value - low.value - c  # b + a
     guesses = [(0.0, u, 0.1)]
-    if other is not None and other.step not in (low.step, high.step):
-        k = other.step - low.step
-        w = (other.value - low.value - low.slope * k) / (k * k)  # b + a·k
-        a = (u - w) / (h - k)
-        guesses.insert(0, (a, u - a * h, 0.2))
+    if other is not None:
+        k = (other.step - low.step) / h
+        if 0 < k * k < math.inf and k != 1:
+            a = (u - (other.value - low.value - c * k) / (k * k)) / (1 - k)
+            guesses.insert(0, (a, u - a, 0.2))
     for a, b, margin in guesses:
-        t = _minimum(low.slope, b, a)
-        if margin <= t / h <= 1 - margin:  # never true of nan
-            return low.step + t
-    return low.step + 0.5 * h
+        t = _minimum(c, b, a)
+        if margin <= t <= 1 - margin:  # never true of nan
+            return low.step + t * h
+    return middle
 
 
 def _minimum(c: float, b: float, a: float) -> float:
@@ -210,6 +221,10 @@ class _GaveUp(Exception):
         self.best = best
 
 
+def _shrunk(low: _Trial) -> _GaveUp:
+    return _GaveUp(low, f"the bracket has shrunk to a point, {low.step:.6g}: a kink of f, or its rounding, is there")
+
+
 class _Line:
     """φ, and how often it was evaluated."""
 
@@ -218,13 +233,8 @@ class _Line:
     ) -> None:
         self.f, self.c1, self.c2, self.max_evaluations = f, c1, c2, max_evaluations
         self.bare = isinstance(x, Tensor)
-        self.x, self.d = _named(x, "x"), _named(direction, "direction")
-        for name, t in self.x.items():
-            if not t.is_floating_point():
-                raise TypeError(f"x{f'[{name!r}]' if name else ''}: {t.dtype} is not a real float dtype; convert it")
-        shapes, found = ({k: tuple(t.shape) for k, t in tree.items()} for tree in (self.x, self.d))
-        if isinstance(direction, Tensor) != self.bare or found != shapes:
-            raise ValueError(f"direction: its shapes are {found}; those of x are {shapes}")
+        self.x = named(x, "x")
+        self.d = named(like(direction, self.x[""] if self.bare else self.x, "direction"), "direction")
         self.evaluations = self.gradients = 0
         self.start: _Trial | None = None
         self.best: _Trial | None = None
@@ -238,12 +248,11 @@ class _Line:
                 best, f"no step satisfied the conditions in {self.evaluations} evaluations, down to {step:.3g}"
             )
         self.evaluations += 1
-        leaves = {k: t + step * self.d[k].to(t) if step else t.clone() for k, t in self.x.items()}
-        for leaf in leaves.values():
-            leaf.requires_grad_(graph)
-        point = leaves[""] if self.bare else leaves
-        with torch.set_grad_enabled(graph):
-            y = self.f(point)
+        with torch.inference_mode(False), torch.set_grad_enabled(graph):
+            leaves = {k: t + step * self.d[k] if step else t.clone() for k, t in self.x.items()}
+            for leaf in leaves.values():
+                leaf.requires_grad_(graph)
+            y = self.f(leaves[""] if self.bare else leaves)
         if not isinstance(y, Tensor) or y.numel() != 1 or y.is_complex():
             what = f"shape {tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"f returned {what}; it must return a real scalar tensor")
@@ -278,24 +287,18 @@ class _Trial:
             if self._y.requires_grad:
                 self._line.gradients += 1
                 found = torch.autograd.grad(self._y, list(self._leaves.values()), allow_unused=True)
-                for (name, leaf), g in zip(self._leaves.items(), found, strict=True):
+                for name, g in zip(self._leaves, found, strict=True):
                     if g is not None:
-                        self._slope += float((g.double() * self._line.d[name].to(leaf).double()).sum())
+                        self._slope += float((g.to_dense().double() * self._line.d[name].double()).sum())
             if not math.isfinite(self._slope):
                 self._slope = math.nan
             self._y, self.known = None, True
         return self._slope
 
+    def is_at(self, other: _Trial) -> bool:
+        return all(torch.equal(t, u) for t, u in zip(self._leaves.values(), other._leaves.values(), strict=True))
+
     @property
     def point(self) -> Any:
         leaves = {k: t.detach() for k, t in self._leaves.items()}
         return leaves[""] if self._line.bare else leaves
-
-
-def _named(tree: Tensors, name: str) -> dict[str, Tensor]:
-    """A tensor, or a dict of them, as a dict of detached ones."""
-    if isinstance(tree, Tensor):
-        return {"": tree.detach()}
-    if not isinstance(tree, Mapping) or not tree or not all(isinstance(t, Tensor) for t in tree.values()):
-        raise ValueError(f"{name}: {type(tree).__name__}; it must be a tensor or a dict of tensors, not an empty one")
-    return {k: t.detach() for k, t in tree.items()}
