@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 
 import pytest
 import torch
@@ -267,6 +268,84 @@ def test_restored_after_a_loss_that_is_not_finite():
     assert same(snapshot(model, optimizer), before)
 
 
+class Own(torch.optim.Optimizer):
+    """With state in all places where it may be."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "seen": [0]})
+        self.buffers, self.log, self.steps = {}, [], torch.zeros(())
+        self.noise = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        self.log.append(float(self.steps))
+        for group in self.param_groups:
+            group["seen"][0] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.buffers.setdefault(p, torch.zeros_like(p)).add_(p.grad)
+                    state = self.state[p]
+                    state.setdefault("nested", {"sums": [torch.zeros_like(p)]})["sums"][0] += p.grad
+                    p -= group["lr"] * (self.buffers[p] + torch.randn(p.shape, generator=self.noise))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_state_anywhere_in_an_optimizer_is_restored(steps):
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = Own(model.parameters())
+    train(model, optimizer, steps)
+    keep = ("buffers", "log", "steps", "state", "param_groups")
+    objects = {name: id(getattr(optimizer, name)) for name in keep}
+    before = copy.deepcopy([list(optimizer.buffers.values()), optimizer.log, optimizer.steps, optimizer.state_dict()])
+    noise = optimizer.noise.get_state()
+    range_test(model, nn.functional.cross_entropy, batches(), optimizer, steps=10)
+    after = [list(optimizer.buffers.values()), optimizer.log, optimizer.steps, optimizer.state_dict()]
+    assert same(after, before) and torch.equal(optimizer.noise.get_state(), noise)
+    assert objects == {name: id(getattr(optimizer, name)) for name in keep}
+
+
+def test_a_dataloader_draws_its_order_without_a_trace():
+    model = nn.Linear(4, 3)
+    x = torch.randn(64, 4)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :3].argmax(1)), 16, shuffle=True)
+    before, python = torch.get_rng_state(), random.getstate()
+    loss = lambda output, target: random.random() * nn.functional.cross_entropy(output, target)  # noqa: E731
+    range_test(model, loss, loader, torch.optim.SGD(model.parameters()), steps=10)
+    assert torch.equal(before, torch.get_rng_state()) and python == random.getstate()
+
+
+def test_inference_mode():
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters())
+    with torch.inference_mode():
+        data = [(x.clone(), y.clone()) for x, y in batches()]
+        found = range_test(model, nn.functional.cross_entropy, data, optimizer)
+    assert found.suggestion == range_test(model, nn.functional.cross_entropy, batches(), optimizer).suggestion
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_constant_added_to_the_loss_changes_nothing(seed, dropout):
+    """Such as one that makes it 0 at the start."""
+    torch.manual_seed(seed)
+    x = torch.randn(512, 8, dtype=torch.float64)
+    y = (x @ torch.randn(8, 3).double() + 0.5 * torch.randn(512, 3)).argmax(1)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 3)).double()
+    data, start = list(zip(x.split(32), y.split(32), strict=True)), nn.functional.cross_entropy(model(x), y).item()
+    found = [
+        range_test(
+            model,
+            lambda output, target, shift=shift: nn.functional.cross_entropy(output, target) - shift,
+            data,
+            torch.optim.SGD(model.parameters()),
+        ).suggestion
+        for shift in (0.0, start, 100.0)
+    ]
+    assert found[0] == found[1] == found[2] and 0.01 < found[0] < 10
+
+
 def test_restored_when_the_optimizer_needs_a_closure():
     model, _ = made("SGD", 0)
     optimizer = ours.GradientDescent(model.parameters(), backtrack=True)
@@ -280,7 +359,7 @@ def test_restored_when_the_optimizer_needs_a_closure():
 
 
 class Recorder(torch.optim.SGD):
-    rates: list[list[float]]
+    rates: list[list[float]]  # of the class: what an optimizer has is put back
 
     def step(self, closure=None):
         self.rates.append([float(group["lr"]) for group in self.param_groups])
@@ -291,13 +370,23 @@ def test_ratios_between_groups_are_kept():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     rates = (0.5, 0.05, 0.0)
     optimizer = Recorder([{"params": m.parameters(), "lr": lr} for m, lr in zip(model, rates, strict=True)])
-    optimizer.rates = []
+    Recorder.rates = []
     range_test(model, nn.functional.cross_entropy, batches(), optimizer, low=1e-6, high=1e-2, steps=9)
     tried = torch.tensor(optimizer.rates, dtype=torch.float64)
     torch.testing.assert_close(tried[:, 0], torch.logspace(-6, -2, 9, dtype=torch.float64))
     torch.testing.assert_close(tried[:, 1], 0.1 * tried[:, 0])
     assert (tried[:, 2] == 0).all()
     assert [group["lr"] for group in optimizer.param_groups] == list(rates)
+
+
+def test_ratios_at_the_start_of_a_warm_up():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    optimizer = Recorder([{"params": m.parameters(), "lr": lr} for m, lr in zip(model, (0.1, 0.001), strict=True)])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: epoch / 10)
+    Recorder.rates = []
+    range_test(model, nn.functional.cross_entropy, batches(), optimizer, low=1e-6, high=1e-2, steps=9)
+    tried = torch.tensor(optimizer.rates, dtype=torch.float64)
+    torch.testing.assert_close(tried[:, 1], 0.01 * tried[:, 0])
 
 
 def test_losses_are_those_of_the_steps_and_batches():
@@ -356,7 +445,8 @@ def test_restored_on_cuda():
         (dict(low=0.0), "low=0.0, high=10.0"),
         (dict(low=1.0, high=0.1), "low=1.0, high=0.1"),
         (dict(high=math.inf), "finite"),
-        (dict(steps=4), "steps: 4; it must be at least 5"),
+        (dict(steps=4), "steps: 4; it must be an int, at least 5"),
+        (dict(steps=10.0), "steps: 10.0; it must be an int"),
     ],
 )
 def test_refuses_options(options, message):
@@ -372,6 +462,16 @@ def test_refuses_what_cannot_be_tested():
     sgd = torch.optim.SGD(model.parameters())
     with pytest.raises(TypeError, match="LBFGS needs a closure"):
         range_test(model, nn.functional.cross_entropy, batches(), torch.optim.LBFGS(model.parameters()))
+    cross_entropy = nn.functional.cross_entropy
+    for optimizer in (None, torch.optim.SGD):
+        with pytest.raises(TypeError, match=r"optimizer: .*; it must be a torch.optim.Optimizer"):
+            range_test(model, cross_entropy, batches(), optimizer)
+    with pytest.raises(TypeError, match="batches: a NoneType"):
+        range_test(model, cross_entropy, None, sgd)
+    with pytest.raises(ValueError, match=r"loss returned shape \(32,\)"):
+        range_test(model, lambda output, target: cross_entropy(output, target, reduction="none"), batches(), sgd)
+    with pytest.raises(ValueError, match="loss: its value has no graph"):
+        range_test(model, lambda output, target: cross_entropy(output, target).detach(), batches(), sgd)
     with pytest.raises(ValueError, match="batches: it is empty"):
         range_test(model, nn.functional.cross_entropy, [], sgd)
     with pytest.raises(ValueError, match="loss: it is nan before the first step"):

@@ -19,8 +19,8 @@ Reference: Smith 2015, arXiv:1506.01186; local regression: Cleveland 1979, doi:1
 
 from __future__ import annotations
 
-import copy
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchcalc.calculus.random_numbers import random_numbers_kept
 from torchcalc.calculus.training_loss import Batch, held_batches
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ STANDS_OUT = 10.0  # standard errors: where noise grows with the loss, (1) is to
 DOUBT = 2.0  # standard errors by which each slope is taken to be less steep than it seems: at the ends they are large
 CHANCE = 4.0  # standard errors of the steepest fall, which of so many slopes is steep by chance alone
 EXPLODES = 0.1  # of the largest fall, by which the loss has risen again where it is no longer stable
-STOP = 4.0  # times the first loss, in distance from it: the rest of the range can only be worse
+STOP = 4.0  # times what the losses differ by, above the first: the rest of the range can only be worse
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,7 @@ def suggest(lrs: Sequence[float] | Tensor, losses: Sequence[float] | Tensor) -> 
         return nothing
     s, y = lr[:n].log10(), loss[:n]
     y = y.clamp(max=float(y[0]) + 2 * float(y[0] - y.min()) + 1e-12)  # the height of an explosion says nothing
-    curvature = y[:-2] - 2 * y[1:-1] + y[2:]
-    sigma = math.sqrt(float(curvature.square().median()) / (0.455 * 6))  # (1)
+    sigma = _noise(y)
     for h in WIDTHS:
         level, slope, error = _local_lines(s, y, h, sigma)
         end = _explosion(level)
@@ -150,6 +150,12 @@ def suggest(lrs: Sequence[float] | Tensor, losses: Sequence[float] | Tensor) -> 
     while high < end and fall[high + 1] >= fall[steepest] / 2:
         high += 1
     return RangeTest(lr, loss, smooth, float(lr[steepest]), (float(lr[low]), float(lr[high])), float(lr[end]))
+
+
+def _noise(y: Tensor) -> float:
+    """(1), of at least 3 losses."""
+    curvature = y[:-2] - 2 * y[1:-1] + y[2:]
+    return math.sqrt(float(curvature.square().median()) / (0.455 * 6))
 
 
 def _local_lines(s: Tensor, y: Tensor, h: float, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,14 +202,15 @@ def range_test(
         loss: ``loss(output, target)``, a scalar tensor.
         batches: one ``(x, y)`` or an iterable of them, held and moved to the model's device; x may be a tuple of arguments.
         optimizer: any whose ``step`` needs no closure, holding the model's parameters. Of several groups, rates are
-            those of the group with the largest lr, and the ratios between them are kept.
+            those of the group with the largest lr, and the ratios between them are kept; where all lr are 0, as at the
+            start of a warm-up, those of ``initial_lr``.
         low, high: the range of rates, 0 < low < high.
         steps: rates to try, >= 5. Momentum wants more of them: the rate should not change much in 1/(1 − μ) steps.
 
     Raises:
-        TypeError: the optimizer is LBFGS.
+        TypeError: the optimizer is none, or is LBFGS; batches is no iterable.
         ValueError: an argument out of range; no batch; the optimizer holds none of the model's trainable parameters; the loss
-            is not finite before the first step.
+            is no scalar, has no graph, or is not finite before the first step.
 
     Reference: Smith 2015, arXiv:1506.01186.
 
@@ -217,12 +224,14 @@ def range_test(
     """
     if not 0 < low < high < math.inf:
         raise ValueError(f"low={low}, high={high}: they must be 0 < low < high, finite")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: {optimizer!r}; it must be a torch.optim.Optimizer, made from model.parameters()")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
             "optimizer: LBFGS needs a closure and searches for its own step; pass one whose step needs none"
         )
-    if steps < 5:
-        raise ValueError(f"steps: {steps}; it must be at least 5")
+    if not (isinstance(steps, int) and steps >= 5):
+        raise ValueError(f"steps: {steps}; it must be an int, at least 5")
     trained = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     of_model = [p for p in model.parameters() if p in trained]
     if not of_model:
@@ -230,21 +239,27 @@ def range_test(
             "optimizer: it holds none of the model's trainable parameters; make it from model.parameters()"
         )
     held = held_batches(batches, of_model[0].device)
-    lrs = torch.logspace(math.log10(low), math.log10(high), steps, dtype=torch.float64)
-    losses = torch.full_like(lrs, math.nan)
 
     def evaluate(i: int) -> Tensor:
         x, y = held[i % len(held)]
-        return loss(model(*x) if isinstance(x, tuple) else model(x), y)
+        value = loss(model(*x) if isinstance(x, tuple) else model(x), y)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"loss returned {what}; it must return a scalar tensor: use reduction='mean'")
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise ValueError("loss: its value has no graph; compute it from the model's output, without .detach()")
+        return value
 
-    with _everything_restored(model, optimizer), torch.enable_grad():
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        ratios = [rate / max(rates) if max(rates) > 0 else 1.0 for rate in rates]
+    with torch.inference_mode(False), _everything_restored(model, optimizer), torch.enable_grad():
+        lrs = torch.logspace(math.log10(low), math.log10(high), steps, dtype=torch.float64)
+        losses = torch.full_like(lrs, math.nan)
+        ratios = _ratios(optimizer)
         with torch.no_grad():
             starts = [float(evaluate(i)) for i in range(len(held))]
         mean = sum(starts) / len(starts)
         if not math.isfinite(mean):
             raise ValueError(f"loss: it is {mean} before the first step; mend the model or the batches first")
+        spread = max(abs(start - mean) for start in starts)
         now = evaluate(0)
         for i, lr in enumerate(lrs.tolist()):
             for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
@@ -257,52 +272,91 @@ def range_test(
             optimizer.step()
             now = evaluate(i + 1)
             losses[i] = float(now.detach()) - starts[(i + 1) % len(held)] + mean
-            if not losses[i] - mean <= STOP * abs(mean):
+            if _exploded(losses[: i + 1], mean, spread):
                 losses[i:] = math.nan
                 break
     return suggest(lrs, losses)
+
+
+def _ratios(optimizer: Optimizer) -> list[float]:
+    """The rates of the groups over the largest; in a warm-up from 0, of those that it warms up to."""
+    for key in ("lr", "initial_lr"):
+        rates = [float(group.get(key, 0.0)) for group in optimizer.param_groups]
+        if max(rates) > 0:
+            return [rate / max(rates) for rate in rates]
+    return [1.0] * len(rates)
+
+
+def _exploded(losses: Tensor, mean: float, spread: float) -> bool:
+    """Whether the last loss lies above the start by more than any noise, difference of batches and fall would explain.
+
+    A constant added to the loss makes no difference.
+    """
+    last = float(losses[-1])
+    if not math.isfinite(last):
+        return True
+    if len(losses) < 6:
+        return False
+    scale = max(spread, mean - float(losses.min()), STANDS_OUT * _noise(losses[:-1]))
+    return last - mean > STOP * scale
 
 
 @contextmanager
 def _everything_restored(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Put a model, an optimizer and the random number generators back as they were, in the same objects."""
     parameters = {*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])}
-    tensors = {t: t.detach().clone() for t in (*parameters, *model.buffers())}
     grads = {p: p.grad for p in parameters}
     modes = {module: module.training for module in model.modules()}
-    buffers = {module: dict(module._buffers) for module in model.modules()}
-    attributes = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
-    groups = [dict(group) for group in optimizer.param_groups]
-    states = {key: dict(state) for key, state in optimizer.state.items()}
-    for values in (*groups, *states.values()):
-        tensors.update({v: v.detach().clone() for k, v in values.items() if isinstance(v, Tensor)})
-    others = {
-        key: {k: copy.deepcopy(v) for k, v in state.items() if not isinstance(v, Tensor)}
-        for key, state in states.items()
-    }
-    devices = sorted({t.device.index or 0 for t in parameters if t.is_cuda})
-    try:
-        for p in parameters:
-            p.grad = None  # the caller's gradients must not be accumulated into
-        with torch.random.fork_rng(devices=devices):
+    kept = _Contents()
+    for value in (*parameters, *(module._buffers for module in model.modules()), vars(optimizer)):
+        kept.keep(value)
+    with random_numbers_kept(devices={p.device for p in parameters}):
+        try:
+            for p in parameters:
+                p.grad = None  # the caller's gradients must not be accumulated into
             yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in tensors.items():
-                tensor.copy_(value)
-        for p, grad in grads.items():
-            p.grad = grad
-        for module, mode in modes.items():
-            module.training = mode
-            module._buffers.update(buffers[module])
-        for name in vars(optimizer).keys() - attributes.keys() - {"state", "param_groups"}:
-            delattr(optimizer, name)
-        vars(optimizer).update(attributes)
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.clear()
-            group.update(before)
-        for key in [key for key in optimizer.state if key not in states]:
-            del optimizer.state[key]
-        for key, state in states.items():
-            optimizer.state[key].clear()
-            optimizer.state[key].update({**state, **others[key]})
+        finally:
+            kept.restore()
+            for p, grad in grads.items():
+                p.grad = grad
+            for module, mode in modes.items():
+                module.training = mode
+
+
+class _Contents:
+    """What is in tensors, generators and containers of them, to be put back into the same objects."""
+
+    def __init__(self) -> None:
+        self._undo: dict[int, Callable[[], object]] = {}  # closures keep the objects alive, and so their ids
+
+    def keep(self, value: Any) -> None:
+        """Note the contents of a value, and of what is in it."""
+        if id(value) in self._undo:
+            return
+        undo, inner = _put_back(value)
+        if undo is not None:
+            self._undo[id(value)] = undo
+        for each in inner:
+            self.keep(each)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for undo in self._undo.values():
+            undo()
+
+
+def _put_back(value: Any) -> tuple[Callable[[], object] | None, Iterable[Any]]:
+    """What restores the contents of a value by itself, and the values in it."""
+    if isinstance(value, Tensor):
+        copied = value.detach().clone()
+        return lambda: value.copy_(copied), ()
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state), ()
+    if isinstance(value, (dict, set)):
+        items = value.copy()
+        return lambda: (value.clear(), value.update(items)), items.values() if isinstance(items, dict) else ()
+    if isinstance(value, (list, deque)):
+        sequence = tuple(value)
+        return lambda: (value.clear(), value.extend(sequence)), sequence
+    return None, value if isinstance(value, tuple) else ()
