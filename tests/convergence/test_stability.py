@@ -28,6 +28,10 @@ CASES = [
     ("SGD", {"momentum": 1.0, "nesterov": True}),
     ("Adam", {}),
     ("Adam", {"betas": (0.5, 1 - 1e-13)}),
+    ("Adam", {"weight_decay": 5.0}),  # as part of the gradient
+    ("NAdam", {"weight_decay": 5.0}),
+    ("RMSprop", {"weight_decay": 5.0, "momentum": 0.5}),
+    ("Adagrad", {"weight_decay": 5.0}),
     ("Adam", {"betas": (0.0, 1 - 1e-13), "amsgrad": True}),
     ("AdamW", {"weight_decay": 0.0}),
     ("AdamW", {"weight_decay": 0.5}),
@@ -70,7 +74,7 @@ def frozen(cls, options, groups):
                     continue
                 if key in ("exp_avg_sq", "max_exp_avg_sq", "square_avg"):
                     value.fill_(4.0)
-                elif key == "mu_product":
+                elif key in ("mu_product", "momentum_buffer", "exp_avg"):  # weight decay has been averaged already
                     value.zero_()
                 elif key == "step" and cls.__name__ != "Adagrad":
                     value.fill_(1e15)  # bias corrections and schedules are over
@@ -169,13 +173,48 @@ def test_nadam_warms_up():
     assert stability_limit(optimizer, 1.0) == pytest.approx(3.8 / 0.28, rel=1e-3)
 
 
-def test_groups_may_differ_in_lr_only():
-    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    same = torch.optim.SGD([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 2.0}], momentum=0.9)
-    assert stability_limit(same, 1.0) == pytest.approx(3.8)
-    other = torch.optim.SGD([{"params": [a], "momentum": 0.5}, {"params": [b]}], momentum=0.9)
-    with pytest.raises(ValueError, match=r"groups have limits from 3 to 3\.8"):
-        stability_limit(other, 1.0)
+GROUPS = {  # options of two groups, by class
+    "lr": ("SGD", {"lr": 1.0}, {"lr": 0.1}),
+    "decay": ("SGD", {"weight_decay": 1.0}, {"weight_decay": 0.0}),
+    "momentum": ("SGD", {"momentum": 0.9}, {"momentum": 0.3}),
+    "all": ("SGD", {"lr": 0.2, "momentum": 0.9, "dampening": 0.5}, {"momentum": 0.3, "weight_decay": 3.0}),
+    "decoupled": ("AdamW", {"weight_decay": 0.5}, {"weight_decay": 0.0, "lr": 0.3}),
+    "coupled": ("Adam", {"weight_decay": 2.0}, {"weight_decay": 0.0}),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("seed", range(3))
+def test_of_several_groups_the_limit_is_a_bound(name, seed):
+    """Below it nothing diverges, whichever group the sharp direction lies in."""
+    cls, *options = GROUPS[name]
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    hessian = root @ root.T
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.float64)), torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    groups = [{"params": [q], "lr": 1.0, **each} for q, each in zip(p, options, strict=True)]
+    optimizer = frozen(getattr(torch.optim, cls), {}, groups)
+    if cls != "SGD":
+        for q, v in zip(p, (4.0, 9.0), strict=True):
+            optimizer.state[q]["exp_avg_sq"].fill_(v)  # P = 2 and 3
+    scale = torch.cat([preconditioner(optimizer)[q] for q in p]).rsqrt()
+    sharpness = torch.linalg.eigvalsh(scale[:, None] * hessian * scale)[-1].item()
+    limit = stability_limit(optimizer, sharpness)
+    assert (
+        limit
+        == min(
+            stability_limit(frozen(getattr(torch.optim, cls), {}, [{**group, "params": [q]}]), sharpness)
+            for group, q in zip(groups, p, strict=True)
+        )
+        or cls == "Adam"
+    )
+    for group, each in zip(optimizer.param_groups, groups, strict=True):
+        group["lr"] = 0.99 * limit * each["lr"]
+    for _ in range(2000):
+        for q, g in zip(p, (hessian @ torch.cat([q.detach() for q in p])).split(2), strict=True):
+            q.grad = g
+        optimizer.step()
+    assert max(float(q.detach().norm()) for q in p) < 0.5
 
 
 def test_unknown_optimizer_and_nan():
@@ -186,6 +225,12 @@ def test_unknown_optimizer_and_nan():
         preconditioner(torch.optim.LBFGS([w]))
     with pytest.raises(ValueError, match="sharpness: nan"):
         stability_limit(torch.optim.SGD([w]), math.nan)
+    for sharpness, message in (
+        (None, "sharpness: a NoneType"),
+        (curvature(torch.sum, w), r"pass a number, such as cur"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            stability_limit(torch.optim.SGD([w]), sharpness)
 
 
 def test_a_subclass_has_the_limit_of_its_class():

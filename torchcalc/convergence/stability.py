@@ -40,6 +40,19 @@ taken as it is now. With its decoupled decay b = 1 − ηω + β − η(1 − μ
 
 RMSprop and Adagrad are (2) with their own P.
 
+Weight decay that is not decoupled is part of the gradient, which makes the Hessian H + ωI and the preconditioned one
+P^-½HP^-½ + ωP⁻¹. By Weyl's inequality its largest eigenvalue is at most
+
+    λ + ω/min P,                                                                                (7)
+
+which stands for λ in (2), (4) and (6): exactly where all elements of P are equal, else on the safe side.
+
+Groups that differ.  Let the groups have rates ρη with ρ ≤ 1, momenta and decays of their own: diagonal matrices R, M, Ω.
+In z = R^-½x the recurrence has symmetric coefficients: a = λ + ω in (2) becomes A = R^½(H + Ω)R^½, and a root z with its
+vector v, ‖v‖ = 1, satisfies the scalar equation with vᵀAv ≤ λ + max ω and vᵀMv ≥ min μ, which (1) holds for below the
+least of the groups' limits. (5) goes the same way. So the least limit is safe, though it may be too careful: λ may belong
+to another group than the largest rate does. (Not proven so: Nesterov's form with several momenta, and NAdam with several β.)
+
 References: Polyak 1964, doi:10.1016/0041-5553(64)90137-5; Jury 1962, doi:10.1109/JRPROC.1962.288193; Cohen et al. 2021,
 arXiv:2103.00065, and 2022, arXiv:2207.14484 (Adam at the edge of stability).
 """
@@ -61,13 +74,13 @@ Group = Mapping[str, Any]
 
 
 def _sgd(g: Group, sharpness: float, t: float) -> float:
-    mu, a = float(g["momentum"]), sharpness + float(g["weight_decay"])
+    mu = float(g["momentum"])
     damped = 1 - float(g["dampening"]) if mu else 1.0
-    if mu > 1 or (mu == 1 and not g["nesterov"]) or damped < 0 < a:
+    if mu > 1 or (mu == 1 and not g["nesterov"]) or damped < 0 < sharpness:
         return 0.0
     if g["nesterov"]:
-        return _limit(mu, a * (1 + mu + mu * damped))  # (3)
-    return _limit(mu, a * damped)  # (2)
+        return _limit(mu, sharpness * (1 + mu + mu * damped))  # (3)
+    return _limit(mu, sharpness * damped)  # (2)
 
 
 def _gradient_descent(g: Group, sharpness: float, t: float) -> float:
@@ -76,13 +89,13 @@ def _gradient_descent(g: Group, sharpness: float, t: float) -> float:
 
 def _adam(g: Group, sharpness: float, t: float) -> float:
     beta = float(g["betas"][0])
-    return _limit(beta, (1 - beta) * sharpness + (1 + beta) * _decoupled(g))  # (4), (5)
+    return _limit(beta, (1 - beta) * sharpness + (1 + beta) * _decay(g)[1])  # (4), (5)
 
 
 def _nadam(g: Group, sharpness: float, t: float) -> float:
     beta = float(g["betas"][0])
     mu = beta * (1 - 0.5 * 0.96 ** ((t + 1) * g["momentum_decay"]))
-    return _limit(beta, (1 + beta - 2 * mu * beta) * sharpness + (1 + beta) * _decoupled(g))  # (6)
+    return _limit(beta, (1 + beta - 2 * mu * beta) * sharpness + (1 + beta) * _decay(g)[1])  # (6)
 
 
 def _rmsprop(g: Group, sharpness: float, t: float) -> float:
@@ -99,8 +112,10 @@ def _limit(momentum: float, divisor: float) -> float:
     return 2 * (1 + momentum) / divisor if divisor > 0 else math.inf
 
 
-def _decoupled(g: Group) -> float:
-    return float(g["weight_decay"]) if g.get("decoupled_weight_decay") else 0.0
+def _decay(g: Group) -> tuple[float, float]:
+    """ω as part of the gradient, and decoupled from it."""
+    decay = float(g.get("weight_decay", 0.0))
+    return (0.0, decay) if g.get("decoupled_weight_decay") else (decay, 0.0)
 
 
 def _second_moment(g: Group, state: Mapping[str, Any]) -> Tensor:
@@ -137,19 +152,18 @@ def stability_limit(optimizer: torch.optim.Optimizer, sharpness: float) -> float
 
     Args:
         optimizer: GradientDescent, SGD, Adam, AdamW, NAdam, RMSprop or Adagrad, of torchcalc or torch. Its groups may
-            differ in lr but not in what the limit depends on.
+            differ: the limit, the least of theirs, is then a bound for the largest of their lr.
         sharpness: λ, the largest eigenvalue of the Hessian, without weight decay, which is accounted for here; for an
             optimizer with a preconditioner that of the preconditioned Hessian: ``curvature(..., metric=P)`` with P
             of :func:`preconditioner`. With ``maximize=True``, of the Hessian of −f.
 
     Returns:
         The limit, in the units of lr; inf if no step is too large for this curvature (λ <= 0), 0 if every step is (such as
-        with a momentum of 1). Coupled weight decay of a preconditioned optimizer adds ω/P to the Hessian, which no number can
-        account for: it has to be part of the loss whose sharpness this is, or be negligible.
+        with a momentum of 1). With a preconditioner and weight decay that is not decoupled it is a bound, by (7): exact
+        where P is the same everywhere, and far too careful where P is next to 0 at a parameter that is 0.
 
     Raises:
-        TypeError: nothing is known of an optimizer of this class.
-        ValueError: sharpness is nan; or the groups differ.
+        TypeError: nothing is known of an optimizer of this class, or sharpness is no number. ValueError: sharpness is nan.
 
     Reference: Cohen et al. 2021, arXiv:2103.00065.
 
@@ -159,17 +173,22 @@ def stability_limit(optimizer: torch.optim.Optimizer, sharpness: float) -> float
     >>> stability_limit(torch.optim.SGD([w], lr=0.1, momentum=0.9), sharpness=10.0)  # 2(1 + μ)/λ
     0.38
     """
-    limit, _ = _known(optimizer)
+    limit, of = _known(optimizer)
+    if not isinstance(sharpness, (int, float, Tensor)):
+        raise TypeError(f"sharpness: a {type(sharpness).__name__}; pass a number, such as curvature(...).value")
     if math.isnan(sharpness):
         raise ValueError("sharpness: nan; the curvature could not be measured where it was")
     steps = max((float(state["step"]) for state in optimizer.state.values() if "step" in state), default=0.0)
-    limits = [limit(group, float(sharpness), steps) for group in optimizer.param_groups]
-    if max(limits) > min(limits) * (1 + 1e-9):
-        raise ValueError(
-            f"optimizer: its groups have limits from {min(limits):.3g} to {max(limits):.3g}, since they differ in momentum "
-            "or weight decay; pass an optimizer of one group"
-        )
-    return limits[0]
+    limits = []
+    for group in optimizer.param_groups:
+        coupled, _ = _decay(group)
+        if coupled and of is not None:
+            smallest = min(
+                (float(of(group, s).min()) for p in group["params"] if (s := _state(optimizer, p))), default=1.0
+            )
+            coupled = coupled / smallest if smallest > 0 else math.inf  # (7)
+        limits.append(limit(group, float(sharpness) + coupled, steps))
+    return min(limits)
 
 
 def preconditioner(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
@@ -197,11 +216,16 @@ def preconditioner(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.requires_grad:
-                state = optimizer.state.get(p)
+                state = _state(optimizer, p)
                 found[p] = (
                     of(group, state).detach().to(p.dtype) if of and state else torch.ones_like(p, requires_grad=False)
                 )
     return found
+
+
+def _state(optimizer: torch.optim.Optimizer, p: Tensor) -> Mapping[str, Any] | None:
+    """What the optimizer remembers of a parameter, if there is any."""
+    return optimizer.state.get(p) if p.requires_grad and p.numel() else None
 
 
 def _known(optimizer: torch.optim.Optimizer) -> tuple[_Limit, _Preconditioner]:
