@@ -65,7 +65,8 @@ class Row:
     against: str
     make: Callable[[], tuple[Callable[[], Any], Callable[[], Any], Callable[[], None]]]
     traffic: Traffic | None = None
-    target: float | None = None
+    target: float | None = None  # the least ratio that is wanted
+    tolerance: float | None = None  # or how far from 1 it may be, where both sides are the same
     group: str = "small"
     seconds: float = 4.0
     quick: bool = True
@@ -87,7 +88,17 @@ class Result:
     limit: float | None = None
     reached: float | None = None
     target: float | None = None
+    tolerance: float | None = None
     unit: str = "s"
+
+    @property
+    def aim(self) -> str:
+        """What the ratio should be, in words, and whether it is not."""
+        if self.tolerance is not None:
+            return f"1 ± {self.tolerance:g}" + ("" if abs(self.ratio - 1) <= self.tolerance else " (missed)")
+        if self.target is not None:
+            return f">= {self.target:g}" + ("" if self.ratio >= self.target else " (missed)")
+        return "-"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -147,4 +158,5 @@ def measure(row: Row, speedup: float = 1.0) -> Result:
         limit=medians[2] if row.traffic else None,
         reached=statistics.median(t[2] / t[1] for t in by_round) if row.traffic else None,
         target=row.target,
+        tolerance=row.tolerance,
     )

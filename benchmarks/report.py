@@ -50,11 +50,10 @@ def table(results: list[Result]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        target = f">= {r.target:g}" + ("" if r.ratio >= r.target else " (missed)") if r.target else "-"
         limit, reached = (human(r.limit, r.unit), f"{r.reached:.0%}") if r.limit and r.reached else ("-", "-")
         lines.append(
             f"| {r.name} | {r.against} | {human(r.stock, r.unit)} | {human(r.ours, r.unit)} | {r.ratio:.2f} | "
-            f"{r.low:.2f} - {r.high:.2f} | {target} | {limit} | {reached} |"
+            f"{r.low:.2f} - {r.high:.2f} | {r.aim} | {limit} | {reached} |"
         )
     return "\n".join(lines)
 

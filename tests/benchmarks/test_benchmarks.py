@@ -99,6 +99,8 @@ def test_table():
     peak = Result("c", "d", "memory", 3e9, 1.5e6, 2000.0, 1.0, 3.0, 3, target=1, unit="B")
     *_, first, second = report.table([result, peak]).splitlines()
     assert first == "| a | b | 2 ms | 1 µs | 2000.00 | 1.00 - 3.00 | >= 3000 (missed) | 500 ns | 50% |"
+    for ratio, missed in ((0.951, ""), (1.049, ""), (0.94, " (missed)"), (1.06, " (missed)")):
+        assert Result("a", "itself", "small", 1, 1, ratio, 1, 1, 9, tolerance=0.05).aim == f"1 ± 0.05{missed}"
     assert second == "| c | d | 3 GB | 1.5 MB | 2000.00 | 1.00 - 3.00 | >= 1 | - | - |"
 
 

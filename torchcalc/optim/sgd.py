@@ -73,10 +73,10 @@ class SGD(Optimizer):
         fused: True: the native kernel where there is one (the default on CPU), and unscaling inside
             ``GradScaler.step``.
         max_norm: clip the gradient to this norm over all groups inside the step, as ``clip_grad_norm_`` beforehand
-            does,
-            but ``p.grad`` is left alone; the norm found is in ``optimizer.grad_norm``.
+            does, but ``p.grad`` is left alone; the norm found is in ``optimizer.grad_norm``. inf only measures it.
         skip_nonfinite: leave out a step with inf or nan in any gradient; ``optimizer.skipped_steps`` counts them.
-        rounding: how bfloat16 and float16 parameters are rounded, "nearest" or "stochastic" (see ``extras.py``).
+        rounding: how bfloat16 and float16 parameters are rounded, "nearest" or "stochastic" (see ``extras.py``). Copies of
+            weights, as DDP has them, stay equal if torch's generator is in the same state on every rank.
 
     Raises:
         ValueError: an argument, also of a single group, out of range; found before anything is changed.
