@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from torchcalc.convergence import SURFACES
 from torchcalc.instruments import animate_paths, contour_figure
 from torchcalc.instruments.figures import new_figure, pixels
 
@@ -58,6 +59,18 @@ def test_any_surface_can_be_drawn():
         lambda p: torch.where(p[..., 0] > 0, math.inf, 1.0),
     ):
         pixels(contour_figure(f, BOUNDS, resolution=21))
+
+
+@pytest.mark.parametrize(
+    ("f", "title", "shown"),
+    [(bowl, None, "bowl"), (SURFACES["beale"], None, "beale"), (lambda p: bowl(p), None, ""), (bowl, "mine", "mine")],
+)
+def test_the_title_says_which_surface(f, title, shown, tmp_path, monkeypatch):
+    assert contour_figure(f, BOUNDS, title=title, resolution=5).axes[0].get_title() == shown
+    titles = []
+    monkeypatch.setattr("torchcalc.instruments.contours.draw_surface", lambda *args: titles.append(args[4]))
+    animate_paths(f, BOUNDS, {"a": torch.zeros(1, 2)}, tmp_path / "walk.gif", title=title, resolution=5)
+    assert titles == [shown]
 
 
 def test_on_axes_of_ones_own():

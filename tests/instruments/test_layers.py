@@ -10,6 +10,7 @@ from torch import nn
 
 from torchcalc.instruments import DepthHistory
 from torchcalc.instruments.figures import pixels
+from torchcalc.instruments.history import _short
 from torchcalc.instruments.layers import layers_of, norms
 
 
@@ -98,6 +99,61 @@ def test_the_heat_map_shows_depth_downwards_and_time_to_the_right():
     words = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
     assert words["first"][1] > words["last"][1]
     assert words["0"][0] < words["3"][0]
+
+
+BERT = [
+    "bert.embeddings.word_embeddings",
+    *(
+        f"bert.encoder.layer.{i}.{name}"
+        for i in range(12)
+        for name in ("attention.output.LayerNorm", "output.LayerNorm")
+    ),
+    "cls.predictions.transform.dense",
+]
+SEQ2SEQ = [
+    f"model.{part}.layers.{i}.{name}"
+    for part in ("encoder", "decoder")
+    for i in range(60)
+    for name in ("self_attn_layer_norm", "final_layer_norm", "self_attention.output_projection")
+]
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        (["net.0", "net.2"], "net.0"),
+        (BERT, "b.embeddings.word_embeddings"),
+        (SEQ2SEQ, "e.l.0.self_attn_layer_norm"),
+        ([f"model.encoder.blocks.{i}.attention.norm" for i in range(3)], "0.attention.norm"),
+        (["a very long name of a layer that does not fit", "a"], "a very long na… does not fit"),
+    ],
+)
+def test_names_of_layers_are_short_and_differ(names, first):
+    history = DepthHistory()
+    history.add(0, dict.fromkeys(names, 1.0))
+    short = _short(names)
+    assert short[0] == first
+    assert len(set(short)) == len(names)
+    assert max(map(len, short)) <= 28
+    assert first in [text.get_text() for text in history.figure("x").axes[0].texts]
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(0.0, "zero"), (math.inf, "infinite"), (math.nan, "not measured"), (1.0, None)]
+)
+def test_the_heat_map_says_what_its_colours_mean(value, says):
+    history = DepthHistory()
+    history.add(0, {"a": 1.0, "b": 1.0})
+    history.add(1, {"a": 2.0, "b": value})
+    figure = history.figure("x")
+    words = {"zero", "infinite", "not measured"} & {text.get_text() for text in figure.axes[0].texts}
+    assert words == ({says} if says else set())
+    if says:
+        image = pixels(figure)
+        corners = figure.axes[0].collections[0].get_coordinates()
+        x, y = (corners[1:3, 1:3].mean((0, 1)) * 100).round().astype(int)
+        x0, y0 = (figure.axes[0].patches[-1].get_xy()[i] * 100 + 5 for i in (0, 1))
+        assert image[-round(y0), round(x0)].tolist() == image[-y, x].tolist()
 
 
 def test_an_empty_history_cannot_be_drawn():

@@ -31,7 +31,7 @@ def contour_figure(
     paths: Mapping[str, Tensor] | None = None,
     minima: Iterable[tuple[float, float]] = (),
     *,
-    title: str = "",
+    title: str | None = None,
     labels: tuple[str, str] = ("x", "y"),
     resolution: int = 201,
     levels: int = 20,
@@ -44,7 +44,7 @@ def contour_figure(
         bounds: (x0, x1, y0, y1) of the picture; a path is cut where it goes far out of it, or becomes inf or nan.
         paths: by name, the points visited, of shape (n, 2), n >= 1. A ring marks the first, a dot the last.
         minima: points that get a star.
-        title: above the picture.
+        title: above the picture; None: the name of f, if it has one.
         labels: of the two axes.
         resolution: points along each axis at which f is evaluated, >= 2.
         levels: number of contours, >= 2.
@@ -66,7 +66,7 @@ def contour_figure(
     values = _evaluate(f, bounds, resolution)
     if ax is None:
         _, ax = new_figure(7, 5.5)
-    draw_surface(ax, values, bounds, minima, title, labels, levels)
+    draw_surface(ax, values, bounds, minima, _name(f) if title is None else title, labels, levels)
     for name, colour, points in found:
         draw_trail(ax, name, colour, points)
     _legend(ax)
@@ -80,7 +80,7 @@ def animate_paths(
     path: str | Path,
     minima: Iterable[tuple[float, float]] = (),
     *,
-    title: str = "",
+    title: str | None = None,
     labels: tuple[str, str] = ("x", "y"),
     resolution: int = 201,
     levels: int = 20,
@@ -131,7 +131,7 @@ def animate_paths(
     figure.set_dpi(dpi)
     from matplotlib.animation import PillowWriter
 
-    draw_surface(ax, values, bounds, minima, title, labels, levels)
+    draw_surface(ax, values, bounds, minima, _name(f) if title is None else title, labels, levels)
     trails = [_Trail(ax, *each) for each in found]
     _legend(ax)
     counter = ax.text(0.99, 0.01, "", transform=ax.transAxes, ha="right", va="bottom", color=INK, fontsize=9)
@@ -237,7 +237,11 @@ def draw_surface(
         raise ValueError(f"levels={levels}: must be at least 2")
     x0, x1, y0, y1 = bounds
     height, width = values.shape
+    ax.set(xlim=(x0, x1), ylim=(y0, y1), xlabel=labels[0], ylabel=labels[1], title=title)
     finite = values[values.isfinite()]
+    if not len(finite):
+        ax.text((x0 + x1) / 2, (y0 + y1) / 2, "finite nowhere", ha="center", color=INK)
+        return
     above = values - finite.min()
     top = (finite.max() - finite.min()).clamp_min(torch.finfo(torch.float64).tiny)
     # ... or higher, if less than a five-hundredth of the picture lies below it.
@@ -253,10 +257,14 @@ def draw_surface(
         text = ax.clabel(lines, heights[1::3], fontsize=7, colors=INK, fmt=lambda h: f"{base + unit * 10**h:.3g}")
         for each in text:
             each.set_zorder(2)
-    ax.set(xlim=(x0, x1), ylim=(y0, y1), xlabel=labels[0], ylabel=labels[1], title=title)
     for i, (x, y) in enumerate(minima):
         style: dict[str, Any] = dict(color="#FFD700", markeredgecolor=INK, markeredgewidth=0.7, zorder=6)
         ax.plot(x, y, "*", markersize=13, label=None if i else "minimum", linestyle="none", **style)
+
+
+def _name(f: Callable[[Tensor], Tensor]) -> str:
+    name = str(getattr(f, "name", getattr(f, "__name__", "")))  # a Surface has the former, a function the latter
+    return "" if name == "<lambda>" else name
 
 
 def _legend(ax: Axes) -> None:

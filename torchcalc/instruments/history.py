@@ -71,8 +71,8 @@ class DepthHistory:
             centre: a value that is as it should be: it is drawn white, larger ones red, smaller ones blue.
 
         Returns:
-            The figure: grey where nothing was measured (a layer frozen for a time), black for zero, magenta for infinity.
-            Layers that were never measured are left out.
+            The figure: grey where nothing was measured (a layer frozen for a time) or nan, black for zero, magenta for
+            infinity, as it says where there are such. Layers that were never measured are left out.
 
         Raises:
             ValueError: nothing has been added.
@@ -99,7 +99,7 @@ class DepthHistory:
             low, high = (low + high - 1) / 2, (low + high + 1) / 2
         colours = colormaps["viridis" if centre is None else "RdBu_r"]
         colours = colours.with_extremes(under="black", over="#FF00FF", bad="#D5D5D5")
-        names = [_short(layer) for layer in layers]
+        names = _short(layers)
         width, height = 8.0, 4.5
         left, right, bottom, top = 0.2 + 0.065 * max(map(len, names)), width - 0.85, 0.55, height - 0.4
         figure, ax = new_sheet(width, height)
@@ -115,6 +115,18 @@ class DepthHistory:
         ax.set(xlim=(0, width), ylim=(0, height))
         write(ax, (left + right) / 2, height - 0.2, title, 10)
         write(ax, (left + right) / 2, 0.15, "step", 9)
+        kinds = (
+            ("infinite", "#FF00FF", table.isinf()),
+            ("zero", "black", table == 0),
+            ("not measured", "#D5D5D5", table.isnan()),
+        )
+        at = width - 0.1
+        for words, colour, there in kinds:
+            if there.any():
+                write(ax, at, 0.15, words, ha="right")
+                at -= 0.2 + 0.065 * len(words)
+                ax.add_patch(Rectangle((at, 0.1), 0.1, 0.1, color=colour, linewidth=0))
+                at -= 0.15
         for step in MaxNLocator(5, integer=True).tick_values(self.steps[0], self.steps[-1]):
             if edges[0] <= step <= edges[-1]:
                 at = left + (right - left) * (step - edges[0]) / (edges[-1] - edges[0])
@@ -151,5 +163,18 @@ def _power(exponent: int) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _short(name: str, width: int = 28) -> str:
-    return name if len(name) <= width else "…" + name[1 - width :]
+def _short(names: Sequence[str], width: int = 28) -> list[str]:
+    """Names that fit: without the path that all share, words cut to a letter from the left, then cut in the middle."""
+    paths = [name.split(".") for name in names]
+    if max(map(len, names)) > width:
+        while min(map(len, paths)) > 1 and len({path[0] for path in paths}) == 1:
+            paths = [path[1:] for path in paths]
+    return [_cut(path, width) for path in paths]
+
+
+def _cut(path: list[str], width: int) -> str:
+    for i, word in enumerate(path[:-1]):
+        if len(".".join(path)) > width and not word.isdigit():
+            path = [*path[:i], word[:1], *path[i + 1 :]]
+    name = ".".join(path)
+    return name if len(name) <= width else f"{name[: width // 2]}…{name[1 - width // 2 :]}"

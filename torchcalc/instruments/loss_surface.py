@@ -79,7 +79,7 @@ class LossPlane:
     def figure(self, *, title: str = "the loss on the plane of the path") -> Figure:
         """Draw the contours, evenly spaced in the logarithm of the loss above its lowest, and the path.
 
-        Between the points evaluated the loss is interpolated.
+        Between the points evaluated the loss is interpolated; where it is not finite the picture is white.
         """
         figure, ax = new_figure(7, 5.5)
         bounds = (float(self.x[0]), float(self.x[-1]), float(self.y[0]), float(self.y[-1]))
@@ -96,7 +96,7 @@ class LossPlane:
 
 
 def loss_slice(
-    loss: Loss, start: Parameters, end: Parameters, *, low: float = -0.25, high: float = 1.25, points: int = 41
+    loss: Loss, start: Parameters, end: Parameters, *, low: float = -0.25, high: float = 1.25, points: int = 43
 ) -> LossSlice:
     """Evaluate the loss on the line through two sets of weights.
 
@@ -104,7 +104,7 @@ def loss_slice(
         loss: from a dict of parameters to a scalar, such as :func:`torchcalc.calculus.training_loss`.
         start, end: dicts of parameters of the same names and shapes, for t = 0 and t = 1.
         low, high: range of t, low < high.
-        points: evaluations, >= 2.
+        points: evaluations, >= 2; of the default range 6k + 1 hold both 0 and 1.
 
     Raises:
         ValueError: an argument out of range, or start and end differ in names or shapes.
@@ -140,7 +140,8 @@ def loss_plane(
         device: where the loss is evaluated; by default where the path lies.
 
     Raises:
-        ValueError: an argument out of range; a path that does not move, or whose points differ in names or shapes.
+        ValueError: an argument out of range; a path that does not move, or not within finite numbers, or whose points differ
+            in names or shapes.
 
     >>> path = [{"w": torch.tensor([3.0, 1.0, 0.0])}, {"w": torch.tensor([1.0, 1.0, 0.0])}, {"w": torch.zeros(3)}]
     >>> plane = loss_plane(lambda p: p["w"].square().sum(), path, resolution=3)
@@ -152,9 +153,12 @@ def loss_plane(
     _check_same(path)
     last = path[-1]
     X = torch.stack([_flat(point) - _flat(last) for point in path[:-1]])
-    squares, u = torch.linalg.eigh((X @ X.T).double())
+    products = X @ X.T
+    if not products.isfinite().all():
+        raise ValueError("path: some weights are not finite, or too far apart; leave out the points after a divergence")
+    squares, u = torch.linalg.eigh(products.double())
     if not squares[-1] > 0:
-        raise ValueError("path: all its points are the same, or not finite: there is no direction to draw along")
+        raise ValueError("path: all its points are the same: there is no direction to draw along")
     directions = [X.T @ (u[:, -1] / squares[-1].sqrt()).to(X)]  # (1)
     if len(squares) > 1 and squares[-2] > 1e-10 * squares[-1]:
         directions.append(X.T @ (u[:, -2] / squares[-2].sqrt()).to(X))
