@@ -15,7 +15,15 @@ from torch import nn
 
 import torchcalc
 from tests.instruments.conftest import Regression, batches, fit, group, loader, read, trainer_of
-from torchcalc.instruments import GradientFlow, UpdateRatio, gradient_norms, update_ratios
+from torchcalc.instruments import (
+    Dashboard,
+    GradientFlow,
+    Landscape,
+    Predictions,
+    UpdateRatio,
+    gradient_norms,
+    update_ratios,
+)
 
 LAYERS = ("net.0", "net.2")
 
@@ -78,6 +86,8 @@ def test_plain_functions():
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     module.configure_optimizers().step()
     assert update_ratios(module, before) == pytest.approx(ratios, rel=1e-4)
+    with pytest.raises(ValueError, match=r"before\['net.0.weight'\] has shape \(3,\), the parameter \(4, 3\)"):
+        update_ratios(module, {name: p[0] for name, p in before.items()})
     module.net[0].bias.grad = module.net[0].weight.grad = None
     assert math.isnan(gradient_norms(module)["net.0"])
 
@@ -192,9 +202,13 @@ def test_an_interrupted_training_is_drawn(tmp_path):
 
 
 def test_without_tensorboard_there_are_curves_only(tmp_path):
-    with pytest.warns(UserWarning, match="GradientFlow: figures need a TensorBoardLogger, here is CSVLogger"):
+    says = "GradientFlow: TensorBoard's pages need a TensorBoardLogger, here is CSVLogger: only curves are written"
+    with pytest.warns(UserWarning, match=says):
         fit(tmp_path, Regression(), GradientFlow(), logger=CSVLogger(tmp_path, name="", version="run"))
     assert "gradient_norm/net.0" in (tmp_path / "run/metrics.csv").read_text()
+    for callback in (Landscape(), Predictions(), Dashboard()):  # which have no curves
+        with pytest.warns(UserWarning, match=f"{type(callback).__name__}: .* here is CSVLogger: nothing is written"):
+            fit(tmp_path, Regression(), callback, logger=CSVLogger(tmp_path, name=type(callback).__name__))
 
 
 def test_without_a_logger_it_is_refused(tmp_path):
@@ -211,7 +225,8 @@ def test_fast_dev_run(tmp_path):
     ("arguments", "says"),
     [
         (dict(every_n_steps=0), "every_n_steps=0: must be at least 1"),
-        (dict(max_layers=0), "max_layers=0: must be at least 1"),
+        (dict(max_layers=0), "max_layers=0: must be at least 1$"),
+        (dict(max_layers=None), "max_layers=None: must be at least 1$"),
         (dict(columns=1), "columns=1: must be at least 2"),
         (dict(budget=0.0), "budget=0.0: must be a share"),
         (dict(budget=1.0), "budget=1.0: must be a share"),

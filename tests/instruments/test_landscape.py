@@ -17,6 +17,32 @@ def test_slice_of_a_parabola():
     pixels(line.figure())
 
 
+def test_a_slice_marks_its_first_and_last_weights_where_they_are():
+    line = loss_slice(lambda p: p["w"] ** 2, {"w": torch.tensor(2.0)}, {"w": torch.tensor(-1.0)})
+    marks = [mark.get_xydata().tolist() for mark in line.figure().axes[0].lines[1:]]
+    assert marks == [[pytest.approx([0.0, 4.0], abs=1e-6)], [pytest.approx([1.0, 1.0])]]
+
+
+@pytest.mark.parametrize("resolution", [2, 3, 5, 21])
+def test_the_slice_of_a_training_holds_both_ends(tmp_path, monkeypatch, resolution):
+    found = []
+    real = loss_slice
+    where = "torchcalc.instruments.landscape.loss_slice"
+    monkeypatch.setattr(where, lambda *a, **k: found.append(real(*a, **k)) or found[-1])
+    fit(tmp_path, Regression(), Landscape(kind="slice", resolution=resolution), max_epochs=1)
+    for end in (0.0, 1.0):
+        assert (found[0].t - end).abs().min() < 1e-12
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_finite_nowhere_can_be_drawn(value):
+    path = [{"w": torch.tensor(x)} for x in ([1.0, 0.0], [0.0, 2.0], [0.0, 0.0])]
+    plane = loss_plane(lambda p: p["w"].sum() * 0 + value, path, resolution=3)
+    assert "finite nowhere" in [text.get_text() for text in plane.figure().axes[0].texts]
+    pixels(plane.figure())
+    pixels(loss_slice(lambda p: p["w"].sum() * 0 + value, path[0], path[1]).figure())
+
+
 def test_plane_of_a_path_in_a_plane():
     """A path within two of five dimensions: the plane holds all of it, and distances in it are distances."""
     generator = torch.Generator().manual_seed(0)
@@ -56,6 +82,9 @@ def test_a_straight_path_gets_a_second_direction():
     [
         ([torch.zeros(2)], {}, "1 points"),
         ([torch.zeros(2)] * 2, {}, "all its points are the same"),
+        ([torch.zeros(2), torch.ones(2) * float("nan")], {}, "some weights are not finite"),
+        ([torch.full((2,), float("inf")), torch.ones(2)], {}, "some weights are not finite"),
+        ([torch.full((2,), 1e30), torch.zeros(2)], {}, "or too far apart"),
         ([torch.zeros(2), torch.ones(3)], {}, "point 1 has other names or shapes"),
         ([torch.zeros(2), torch.ones(2)], dict(resolution=1), "resolution=1"),
         ([torch.zeros(2), torch.ones(2)], dict(margin=0.0), "margin=0.0"),

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from tests.instruments.conftest import Regression, batches, fit, group, loader, read, trainer_of
 from tests.instruments.test_gradient_flow import TwoOptimizers
 from torchcalc.convergence import range_test
-from torchcalc.instruments import LearningRate, LearningRateRangeTest
+from torchcalc.instruments import LearningRate, LearningRateRangeTest, learning_rates
 from torchcalc.instruments.objective import Objective, no_target
 
 
@@ -35,7 +35,9 @@ def test_curve_of_a_schedule(tmp_path):
 
 
 def test_curves_of_groups_and_optimizers(tmp_path):
-    fit(tmp_path / "a", Scheduled(lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0), groups=2), LearningRate())
+    module = Scheduled(lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0), groups=2)
+    fit(tmp_path / "a", module, LearningRate())
+    assert learning_rates(module.optimizers()) == {"0": 0.1, "1": 0.02}
     assert {k: v[0][1] for k, v in group(read(tmp_path / "a"), "lr").items()} == pytest.approx({"0": 0.1, "1": 0.02})
     fit(tmp_path / "b", TwoOptimizers(), LearningRate())
     assert {k: v[0][0] for k, v in group(read(tmp_path / "b"), "lr").items()} == {"0/0": 0, "1/0": 1}
@@ -133,9 +135,38 @@ def test_where_nothing_decreases_the_rate_is_left_alone(tmp_path):
     assert read(tmp_path).scalars["lr"][0][1] == pytest.approx(0.05)
 
 
+class Again(torch.utils.data.IterableDataset):
+    """It has no length, and begins anew."""
+
+    def __iter__(self):
+        return iter(batches())
+
+
+@pytest.mark.parametrize("data", [Again(), loader(Again())])
+def test_data_without_a_length(tmp_path, data):
+    seen = []
+
+    class Looking(Regression):
+        def training_step(self, batch):
+            seen.append(batch[0][0].tolist())
+            return super().training_step(batch)
+
+    trainer_of(tmp_path, test := LearningRateRangeTest(steps=40), max_epochs=1).fit(Looking(), data)
+    assert test.suggestion > 0
+    assert seen[-4:] == [x[0].tolist() for x, _ in batches()]
+
+
+def test_what_no_range_test_can_be_made_with(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"the training data are a list_iterator, .* pass a DataLoader"):
+        trainer_of(tmp_path, LearningRateRangeTest()).fit(Regression(), iter(batches()))
+    still = Regression(optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+    with pytest.raises(MisconfigurationException, match="the optimizer's lr is 0, which no factor changes"):
+        fit(tmp_path, still, LearningRateRangeTest())
+
+
 def test_arguments(tmp_path):
-    for arguments in (dict(low=0.0), dict(low=1.0, high=0.5), dict(steps=4), dict(batches=0)):
-        with pytest.raises(ValueError, match=f"{next(iter(arguments))}="):
+    for arguments in (dict(low=0.0), dict(low=1.0, high=0.5), dict(steps=4), dict(batches=0), dict(batches=None)):
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))}=[^,]*(: must be at least|, high=)"):
             LearningRateRangeTest(**arguments)
     two = TwoOptimizers()
     two.loss_of = lambda batch: None

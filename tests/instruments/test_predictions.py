@@ -53,6 +53,17 @@ def test_confusion_matrix_of_binary_logits_and_ignored_targets():
         confusion_matrix(torch.eye(2), torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="do not fit"):
         confusion_matrix(torch.eye(2), torch.tensor([0, 1, 0]))
+    assert confusion_matrix(torch.tensor([1.0, -1.0]), torch.tensor([1, 2]), 3).tolist() == [
+        [0, 0, 0],
+        [0, 1, 0],
+        [1, 0, 0],
+    ]
+    assert confusion_matrix(torch.eye(2), torch.tensor([0, 2]), 3).tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]
+    for output, least in ((torch.tensor([[0.0, 0.0, 9.0]]), 3), (torch.tensor([1.0]), 2)):
+        with pytest.raises(
+            ValueError, match=f"classes={least - 1}: the outputs, .*, are for {least}; give at least as many"
+        ):
+            confusion_matrix(output, torch.tensor([0]), least - 1)
 
 
 def test_a_validation_is_counted(tmp_path):
@@ -95,7 +106,7 @@ def test_every_n_epochs(tmp_path):
 )
 def test_what_does_not_fit_is_told_once(tmp_path, arguments, says):
     trainer = trainer_of(tmp_path, Predictions(**arguments))
-    with pytest.warns(UserWarning, match=f"Predictions: nothing is drawn: .*{says}") as told:
+    with pytest.warns(UserWarning, match=f"Predictions: ValueError: .*{says}.*; it is switched off") as told:
         trainer.fit(Classes(), loader(class_batches()), loader(class_batches()))
     assert len([each for each in told if "Predictions" in str(each.message)]) == 1
     assert "figures/predictions" not in read(tmp_path).images

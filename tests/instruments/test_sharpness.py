@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,7 +18,16 @@ import torchcalc
 from tests.instruments.conftest import Regression, batches, fit, group, read
 from tests.instruments.test_gradient_flow import TwoOptimizers
 from torchcalc.calculus import training_loss
-from torchcalc.instruments import Sharpness, sharpness
+from torchcalc.instruments import (
+    GradientFlow,
+    Landscape,
+    LearningRate,
+    LearningRateRangeTest,
+    Sharpness,
+    UpdateRatio,
+    gradient_norms,
+    sharpness,
+)
 from torchcalc.instruments.objective import Objective, batch_of
 from torchcalc.instruments.sharpness import largest_stable
 
@@ -100,6 +112,54 @@ def test_it_changes_nothing(tmp_path):
     assert {tag: v for tag, v in measured.items() if not tag.startswith("sharpness")} == without
 
 
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.rand, lambda: float(torch.rand(()))], ids=["random", "numpy", "torch"]
+)
+@pytest.mark.parametrize(
+    "callback",
+    [lambda: Sharpness(budget=None), lambda: Landscape(resolution=3), LearningRateRangeTest],
+    ids=["λ", "plane", "range"],
+)
+@pytest.mark.filterwarnings("ignore:LearningRateRangeTest. no rate of the range:UserWarning")  # all it sees is noise
+def test_random_numbers_are_left_as_they_are(tmp_path, monkeypatch, draw, callback):
+    class Mixed(Regression):
+        def training_step(self, batch):
+            drawn.append(draw())
+            return drawn[-1] * super().training_step(batch)
+
+    monkeypatch.setattr("torchcalc.instruments.learning_rate.scale_rates", lambda *args: None)
+    found = []
+    for i, callbacks in enumerate(([], [callback()])):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        drawn: list[float] = []
+        fit(tmp_path / str(i), module := Mixed(), *callbacks)
+        found.append([*module.parameters(), torch.tensor([random.random(), np.random.rand(), torch.rand(())])])
+    assert len(drawn) > 8
+    for p, q in zip(*found, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torchcalc.optim.GradientDescent, lr=1e-3),
+        partial(torchcalc.optim.GradientDescent, lr=0.1, backtrack=True),
+        partial(torch.optim.LBFGS, lr=0.01, max_iter=3),
+    ],
+    ids=["GradientDescent", "backtracking", "LBFGS"],
+)
+@pytest.mark.filterwarnings("ignore:Sharpness. .*no stability limit is known:UserWarning")
+def test_an_optimizer_that_calls_its_closure_several_times_is_measured_once_a_step(tmp_path, make):
+    module, begin = Regression(optimizer=make), Regression()
+    fit(tmp_path, module, Sharpness(**ACCURATE), UpdateRatio(), GradientFlow(), LearningRate(), max_epochs=1)
+    found = read(tmp_path)
+    for tag in ("sharpness/lambda", "update_ratio/net.0", "gradient_norm/net.0", "lr"):
+        assert [step for step, _ in found.scalars[tag]] == list(range(4)), tag
+    nn.functional.mse_loss(begin.net(batches()[0][0]), batches()[0][1]).backward()
+    assert found.scalars["gradient_norm/net.0"][0][1] == pytest.approx(gradient_norms(begin)["net.0"], rel=1e-5)
+    assert found.scalars["sharpness/lambda"][-1][1] == pytest.approx(dense(module, None), rel=1e-3)
+
+
 def test_it_pays_off_a_measurement_before_the_next(tmp_path, monkeypatch):
     callback = Sharpness(budget=0.1)
     clock = iter(range(10**6))
@@ -165,7 +225,7 @@ class Manual(TwoOptimizers):
 
 
 def test_manual_optimization(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"with manual optimization .*objective='...'"):
+    with pytest.raises(MisconfigurationException, match=r"with manual optimization .*Sharpness\(objective='...'\)"):
         fit(tmp_path / "refused", Manual(), Sharpness())
     fit(tmp_path, module := Manual(), Sharpness(objective="loss_of", **ACCURATE), max_epochs=1)
     x, _ = (t.double() for t in batches()[0])
@@ -182,8 +242,13 @@ def test_refusals(tmp_path):
     two.loss_of = lambda batch: None
     with pytest.raises(MisconfigurationException, match="there are 2 optimizers"):
         fit(tmp_path, two, Sharpness(objective="loss_of"))
-    with pytest.raises(ValueError, match=r"Regression.configure_optimizers returned SGD: it must return a scalar loss"):
-        fit(tmp_path, Regression(), Sharpness(objective="configure_optimizers"))
+
+    class Vector(Regression):
+        def losses(self, batch):
+            return batch[0]
+
+    with pytest.warns(UserWarning, match=r"Vector.losses returned shape \(8, 3\): it must return a scalar loss"):
+        fit(tmp_path, Vector(), Sharpness(objective="losses"))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +258,8 @@ def test_refusals(tmp_path):
         (dict(budget=2.0), "budget=2.0"),
         (dict(examples=0), "examples=0"),
         (dict(tolerance=0.0), "tolerance=0.0"),
-        (dict(max_products=0), "max_products=0"),
+        (dict(max_products=0), "max_products=0: must be at least 1$"),
+        (dict(max_products=None), "max_products=None: must be at least 1$"),
     ],
 )
 def test_arguments(arguments, says):
@@ -213,8 +279,19 @@ def test_plain_function_starts_from_the_last_vector():
     loss = training_loss(module.net, nn.functional.mse_loss, batches())
     optimizer, parameters = module.configure_optimizers(), dict(module.net.named_parameters())
     cold = sharpness(loss, optimizer, parameters, tolerance=1e-4, max_products=100)
-    warm = sharpness(loss, optimizer, parameters, start=cold.vector, max_products=2)
+    warm = sharpness(loss, optimizer, parameters, start=cold.vector)
     assert warm.value == pytest.approx(cold.value, rel=5e-3)
+    assert sharpness(loss, optimizer, parameters).value < 0.9 * cold.value
+
+
+def test_arguments_of_the_plain_function():
+    module = Regression()
+    loss = training_loss(module.net, nn.functional.mse_loss, batches())
+    parameters = dict(module.net.named_parameters())
+    with pytest.raises(ValueError, match="optimizer: it trains none of the parameters"):
+        sharpness(loss, Regression().configure_optimizers(), parameters)
+    with pytest.raises(ValueError, match=r"parameters: the loss knows no net.0.weight, .*; its own are 0.weight, "):
+        sharpness(loss, module.configure_optimizers(), dict(module.named_parameters()))
 
 
 def test_a_batch_is_cut_and_copied():
@@ -228,6 +305,32 @@ def test_a_batch_is_cut_and_copied():
     assert found["n"] == 8
     x.zero_()
     assert found["x"][0].tolist() == [0.0, 1.0]
+
+
+class Steps(Regression):
+    """What Lightning passes to training_step, and what it does not."""
+
+    def batch_only(self, batch):
+        return super().training_step(batch)
+
+    def keyword_only(self, batch, *, scale=1.0):
+        return scale * self.batch_only(batch)
+
+    def any_name(self, batch, i, scale=1.0):
+        return scale * self.batch_only(batch) + i
+
+    def all_of_them(self, batch, batch_idx, dataloader_idx, scale=1.0):
+        return scale * self.batch_only(batch) + batch_idx + dataloader_idx
+
+    def anything(self, *args, scale=1.0):
+        return scale * self.batch_only(args[0]) + args[1]
+
+
+@pytest.mark.parametrize("method", ["batch_only", "keyword_only", "any_name", "all_of_them", "anything"])
+def test_an_objective_gets_the_indices_and_nothing_else(method):
+    module = Steps()
+    x, y = batches()[0]
+    assert torch.equal(Objective(module, method)((x, y)), nn.functional.mse_loss(module.net(x), y))
 
 
 def test_an_objective_logs_nothing_and_restores_metrics():

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchcalc.instruments.history import DepthHistory
-from torchcalc.instruments.instrument import Chart, Instrument, check_at_least_one, steps_of
+from torchcalc.instruments.instrument import Chart, Instrument, check_at_least_one, guarded, steps_of
 from torchcalc.instruments.layers import layers_of, norms
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ class GradientFlow(DepthInstrument):
 
     group, title = "gradient_norm", "gradient norm"
 
+    @guarded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, if it is time to."""
         if not self.due(trainer, optimizer):

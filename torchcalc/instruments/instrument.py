@@ -7,17 +7,15 @@ images go to TensorBoard. Under DDP the gradients, and so what is measured, are 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-try:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from lightning.pytorch.utilities import rank_zero_warn
-except ImportError as error:
-    raise ImportError("torchcalc.instruments needs Lightning: pip install 'torchcalc[recipes]'") from error
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from torchcalc.instruments.figures import pixels
 
@@ -33,9 +31,29 @@ Chart = tuple[str, str, list[str]]
 # Strategies of Lightning under which a rank holds only pieces of the parameters, and not as DTensors that know the whole.
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy")
 
+Hook = TypeVar("Hook", bound=Callable[..., None])
+
+
+def guarded(hook: Hook) -> Hook:
+    """A hook whose failure switches its instrument off and is told once: the user's training must not end by it."""
+
+    @wraps(hook)
+    def run(self: Instrument, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self.off:
+            return
+        try:
+            hook(self, trainer, pl_module, *args)
+        except Exception as error:  # not KeyboardInterrupt
+            self.off = True
+            self.teardown(trainer, pl_module, "fit")
+            why = f"{type(error).__name__}: {error}"
+            rank_zero_warn(f"{type(self).__name__}: {why}; it is switched off, and the training goes on")
+
+    return cast(Hook, run)
+
 
 class Instrument(Callback):
-    """Base class of the callbacks: a subclass measures when :meth:`due` and draws in :meth:`draw`.
+    """Base class of the callbacks: a subclass measures in ``guarded`` hooks when :meth:`due`, and draws in :meth:`draw`.
 
     Args:
         every_n_steps: measure at the first optimizer step of every n batches; None: the trainer's ``log_every_n_steps``.
@@ -47,7 +65,7 @@ class Instrument(Callback):
     whole = True  #: whether the parameters are needed in one piece
 
     def __init__(self, *, every_n_steps: int | None, budget: float | None) -> None:
-        check_at_least_one("every_n_steps", every_n_steps)
+        check_at_least_one("every_n_steps", every_n_steps, or_none=True)
         if budget is not None and not 0 < budget < 1:
             raise ValueError(f"budget={budget}: must be a share of the training time between 0 and 1, or None")
         self.every_n_steps, self.budget = every_n_steps, budget
@@ -55,6 +73,7 @@ class Instrument(Callback):
         self.started = time.perf_counter()
         self.measured: dict[int, int] = {}  # by optimizer, the step of its last measurement
         self.drawn = -1  # the step at which figures were written last
+        self.off = False  # whether it has failed
 
     # What a subclass may supply.
 
@@ -70,6 +89,7 @@ class Instrument(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, or say, what cannot work, before training."""
+        self.off = False
         if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
         name = type(self).__name__
@@ -82,7 +102,8 @@ class Instrument(Callback):
             raise MisconfigurationException(f"{name}: the trainer has no logger to write to; set trainer.logger")
         if self.draws and self.writer(trainer) is None and trainer.is_global_zero:
             kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers)
-            rank_zero_warn(f"{name}: figures need a TensorBoardLogger, here is {kinds}: only curves are written")
+            rest = "only curves are" if self.charts() else "nothing is"
+            rank_zero_warn(f"{name}: TensorBoard's pages need a TensorBoardLogger, here is {kinds}: {rest} written")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock that the budget is a share of."""
@@ -140,16 +161,19 @@ class Instrument(Callback):
             for tag, figure in self.draw(trainer).items():
                 add_figure(writer, tag, figure, step)
 
+    @guarded
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, if the budget allows it."""
         if self.draws and self.affords():
             self.write_figures(trainer)
 
+    @guarded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what was measured."""
         if self.draws:
             self.write_figures(trainer)
 
+    @guarded
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Draw what was measured until the user interrupted the training."""
         if self.draws and isinstance(exception, KeyboardInterrupt):
@@ -172,6 +196,8 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return found
 
 
-def check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name}={value}: must be at least 1, or None")
+def check_at_least_one(name: str, value: int | None, *, or_none: bool = False) -> None:
+    if value is None and or_none:
+        return
+    if value is None or value < 1:
+        raise ValueError(f"{name}={value}: must be at least 1{', or None' * or_none}")

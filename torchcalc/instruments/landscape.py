@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchcalc.calculus import training_loss
-from torchcalc.instruments.instrument import Instrument, check_at_least_one
+from torchcalc.instruments.instrument import Instrument, check_at_least_one, guarded
 from torchcalc.instruments.loss_surface import loss_plane, loss_slice
 from torchcalc.instruments.objective import Objective, batch_of, check_objective, no_target
 
@@ -23,9 +23,9 @@ class Landscape(Instrument):
     """The loss on a plane with the training's path on it, or on the line from its first to its last weights.
 
     Written as ``figures/landscape`` when training ends. The loss is that of one fixed batch, the first of the training,
-    with one dropout mask, in the module's dtype without autocast. The price is resolution² (plane) or resolution (slice)
-    forward passes of that batch, and memory of the host for the snapshots. Under DDP rank zero evaluates, of its own batch.
-    After a resume the path begins where the training was resumed.
+    with one dropout mask, in the module's dtype without autocast. The price is resolution² (plane) or some 2·resolution
+    (slice) forward passes of that batch, and memory of the host for the snapshots. Under DDP rank zero evaluates, of its
+    own batch. After a resume the path begins where the training was resumed.
 
     Args:
         kind: "plane", through the last weights along the path's two principal directions, or "slice".
@@ -59,7 +59,7 @@ class Landscape(Instrument):
             raise ValueError(f"kind={kind!r}: must be 'plane' or 'slice'")
         if max_snapshots < 3 or resolution < 2:
             raise ValueError(f"max_snapshots={max_snapshots}, resolution={resolution}: must be at least 3 and 2")
-        check_at_least_one("examples", examples)
+        check_at_least_one("examples", examples, or_none=True)
         self.kind, self.max_snapshots, self.examples = kind, max_snapshots, examples
         self.resolution, self.objective = resolution, objective
         self.module: LightningModule | None = None
@@ -74,11 +74,13 @@ class Landscape(Instrument):
             self.module, self.batch, self.snapshots, self.stride, self.seen = pl_module, None, [], 1, 0
             self.measured = {}
 
+    @guarded
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the first batch."""
         if self.batch is None and trainer.is_global_zero:
             self.batch = batch_of(batch, self.examples)
 
+    @guarded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take a snapshot, if it is time to."""
         if self.due(trainer, optimizer) and trainer.is_global_zero:
@@ -110,7 +112,7 @@ class Landscape(Instrument):
             plane = loss_plane(loss, path, resolution=self.resolution, device=device)
             return {"figures/landscape": plane.figure()}
         ends = ({name: p.to(device) for name, p in point.items()} for point in (path[0], path[-1]))
-        return {"figures/landscape": loss_slice(loss, *ends, points=2 * self.resolution - 1).figure()}
+        return {"figures/landscape": loss_slice(loss, *ends, points=6 * -(-self.resolution // 3) + 1).figure()}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the batch and the snapshots."""

@@ -16,10 +16,21 @@ from torch.optim import Optimizer
 
 from torchcalc.calculus.random_numbers import random_numbers_kept
 from torchcalc.convergence import range_test
-from torchcalc.instruments.instrument import Chart, Instrument, add_figure, callbacks_of, check_at_least_one
+from torchcalc.instruments.instrument import Chart, Instrument, add_figure, callbacks_of, check_at_least_one, guarded
 from torchcalc.instruments.objective import Objective, batch_of, check_objective, no_target
 
-__all__ = ["LearningRate", "LearningRateRangeTest"]
+__all__ = ["LearningRate", "LearningRateRangeTest", "learning_rates"]
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The learning rate of each parameter group, by the group's ``name``, or its number if it has none.
+
+    >>> import torch
+    >>> weight, bias = torch.nn.Linear(2, 1).parameters()
+    >>> learning_rates(torch.optim.SGD([{"params": weight, "name": "weight"}, {"params": bias, "lr": 0.5}], lr=0.1))
+    {'weight': 0.1, '1': 0.5}
+    """
+    return {str(group.get("name", i)): float(group["lr"]) for i, group in enumerate(optimizer.param_groups)}
 
 
 class LearningRate(Instrument):
@@ -36,7 +47,7 @@ class LearningRate(Instrument):
         MisconfigurationException: no logger.
 
     >>> LearningRate(every_n_steps=1).charts()
-    [('learning rate', 'learning rate', ['^lr(/|$)'])]
+    [('learning rate', 'learning rate', ['^lr(/|-|$)'])]
     """
 
     draws = False
@@ -45,8 +56,9 @@ class LearningRate(Instrument):
         super().__init__(every_n_steps=every_n_steps, budget=None)
 
     def charts(self) -> list[Chart]:
-        return [("learning rate", "learning rate", ["^lr(/|$)"])]
+        return [("learning rate", "learning rate", ["^lr(/|-|$)"])]  # lr-SGD is LearningRateMonitor's
 
+    @guarded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Write the rates, if it is time to."""
         if any(isinstance(each, LearningRateMonitor) for each in callbacks_of(trainer)) or not self.due(
@@ -56,10 +68,8 @@ class LearningRate(Instrument):
         one = len(optimizer.param_groups) == len(trainer.optimizers) == 1
         which = next((i for i, each in enumerate(trainer.optimizers) if each is optimizer), 0)
         before = f"{which}/" if len(trainer.optimizers) > 1 else ""
-        groups = enumerate(optimizer.param_groups)
-        self.write_curves(
-            trainer, {"lr" if one else f"lr/{before}{group.get('name', i)}": float(group["lr"]) for i, group in groups}
-        )
+        rates = learning_rates(optimizer)
+        self.write_curves(trainer, {"lr" if one else f"lr/{before}{name}": rate for name, rate in rates.items()})
 
 
 class LearningRateRangeTest(Instrument):
@@ -68,7 +78,9 @@ class LearningRateRangeTest(Instrument):
     :func:`torchcalc.convergence.range_test` tries rates from ``low`` to ``high`` on a few fixed batches, and puts weights,
     optimizer and random numbers back. Then every group's rate, with what schedulers remember of it, is multiplied by one
     number, so that the largest is the suggestion: ratios between groups and warm-ups stay. The figure is
-    ``figures/range_test``. A resumed training keeps its rate. Under DDP rank zero tests, and all take its suggestion.
+    ``figures/range_test``. A resumed training keeps its rate; so does one on whose loss the test fails, with a warning. Under
+    DDP rank zero tests, and all take its suggestion. The dataset is read from its beginning, before the training does so: an
+    IterableDataset must be able to begin again.
 
     Args:
         low, high: the range, 0 < low < high.
@@ -79,7 +91,8 @@ class LearningRateRangeTest(Instrument):
     Raises:
         ValueError: an argument out of range.
         MisconfigurationException: no logger; several optimizers; no such method, or manual optimization without a method
-            that returns the loss; parameters in pieces (ModelParallelStrategy, FSDP, DeepSpeed).
+            that returns the loss; parameters in pieces (ModelParallelStrategy, FSDP, DeepSpeed); training data that can be
+            read only once; a learning rate of 0.
 
     >>> LearningRateRangeTest(low=1e-5, high=1.0).steps
     100
@@ -109,6 +122,7 @@ class LearningRateRangeTest(Instrument):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             check_objective("LearningRateRangeTest", trainer, pl_module, self.objective)
+            self.suggestion = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test and set, unless this training was resumed."""
@@ -119,33 +133,45 @@ class LearningRateRangeTest(Instrument):
             raise MisconfigurationException(
                 f"LearningRateRangeTest: one optimizer is needed, not {len(trainer.optimizers)}"
             )
-        found = self.test(trainer, pl_module) if trainer.is_global_zero else None
-        self.suggestion = trainer.strategy.broadcast(found)
-        if self.suggestion is None or not math.isfinite(self.suggestion):
-            rank_zero_warn(
-                "LearningRateRangeTest: no rate of the range decreases the loss; the learning rate is left alone"
+        if isinstance(trainer.train_dataloader, Iterator):
+            kind = type(trainer.train_dataloader).__name__
+            raise MisconfigurationException(
+                f"LearningRateRangeTest: the training data are a {kind}, and what the test reads of it the training would "
+                "miss; pass a DataLoader, or a class whose __iter__ begins anew"
             )
-            return
         (optimizer,) = trainer.optimizers
         before = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+        if not before:
+            raise MisconfigurationException(
+                "LearningRateRangeTest: the optimizer's lr is 0, which no factor changes; any other will do, such as 1e-3"
+            )
+        if trainer.is_global_zero:
+            self.test(trainer, pl_module)
+        self.suggestion = trainer.strategy.broadcast(self.suggestion)
+        if self.suggestion is None:
+            if not self.off:
+                rank_zero_warn(
+                    "LearningRateRangeTest: no rate of the range decreases the loss; the learning rate is left alone"
+                )
+            return
         scale_rates(trainer, optimizer, self.suggestion / before)
         rank_zero_info(
             f"LearningRateRangeTest: the learning rate is set to {self.suggestion:.3g} (it was {before:.3g})"
         )
 
-    def test(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
-        """Return the suggestion; write the figure."""
+    @guarded
+    def test(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the suggestion; write the figure."""
+        loader = () if trainer.train_dataloader is None else trainer.train_dataloader
         with random_numbers_kept():
-            batches = [
-                self.to_device(trainer, batch) for batch in islice(iter(trainer.train_dataloader or ()), self.batches)
-            ]
+            batches = [self.to_device(trainer, batch) for batch in islice(loader, self.batches)]
         (optimizer,) = trainer.optimizers
         pairs = [((batch,), None) for batch in batches]
         objective = Objective(pl_module, self.objective)
         found = range_test(objective, no_target, pairs, optimizer, low=self.low, high=self.high, steps=self.steps)
         if (writer := self.writer(trainer)) is not None:
             add_figure(writer, "figures/range_test", found.figure(), 0)
-        return found.suggestion
+        self.suggestion = found.suggestion if math.isfinite(found.suggestion) else None
 
     def to_device(self, trainer: Trainer, batch: Any) -> Any:
         """Treat a batch as the training loop does."""

@@ -7,7 +7,6 @@ whose ``training_step`` does so, or that optimizes manually, can name another me
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -26,8 +26,8 @@ class Objective(nn.Module):
 
     Args:
         module: the LightningModule.
-        method: the name of a method that takes a batch, or a batch and its index, and returns the loss or a dict with it
-            under "loss".
+        method: the name of a method that takes a batch, and if it wants to, as Lightning's steps, ``batch_idx`` and
+            ``dataloader_idx``, which are 0 here; it returns the loss or a dict with it under "loss".
 
     Raises:
         ValueError: when called, if the method returns no scalar tensor.
@@ -40,9 +40,12 @@ class Objective(nn.Module):
     def forward(self, batch: Any) -> Tensor:
         """The loss of a batch."""
         step = getattr(self.module, self.method)
-        arguments = [batch, 0, 0][: len(inspect.signature(step).parameters)]
+        batch_idx = [0] * is_param_in_hook_signature(step, "batch_idx", min_args=2)  # as Lightning's training loop
+        dataloader_idx = (
+            {"dataloader_idx": 0} if is_param_in_hook_signature(step, "dataloader_idx", explicit=True) else {}
+        )
         with silent(self.module):
-            found = step(*arguments)
+            found = step(batch, *batch_idx, **dataloader_idx)
         loss = found.get("loss") if isinstance(found, Mapping) else found
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -72,7 +75,7 @@ def check_objective(name: str, trainer: Trainer, module: LightningModule, method
     if method == "training_step" and not module.automatic_optimization:
         raise MisconfigurationException(
             f"{name}: with manual optimization training_step takes steps of its own; "
-            "name a method of the module that returns the loss of a batch: objective='...'"
+            f"name a method of the module that returns the loss of a batch: {name}(objective='...')"
         )
 
 

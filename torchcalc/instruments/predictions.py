@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchcalc.instruments.figures import COLOURS, INK, new_figure, new_sheet, write
-from torchcalc.instruments.instrument import Instrument, check_at_least_one, steps_of
+from torchcalc.instruments.instrument import Instrument, check_at_least_one, guarded, steps_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,20 +30,23 @@ def confusion_matrix(output: Tensor, target: Tensor, classes: int | None = None)
         output: logits or probabilities per class, (N, C, ...), of which the largest wins; or of a binary decision, (N,) or
             (N, 1), as logits, of which positive ones win.
         target: the true classes, (N, ...), as integers; negative ones (``ignore_index``) do not count.
-        classes: C, >= 2; needed only where outputs are binary and more rows are wanted.
+        classes: rows and columns, at least C, >= 2; needed only where more than C, or for binary outputs 2, are wanted.
 
     Returns:
-        int64, (C, C): rows are true, columns predicted classes; on the CPU.
+        int64, (classes, classes): rows are true, columns predicted classes; on the CPU.
 
     Raises:
-        ValueError: shapes that do not fit together, or a target that is no class.
+        ValueError: shapes that do not fit together, a target that is no class, or fewer classes than outputs.
 
     >>> confusion_matrix(torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]]), torch.tensor([0, 1, 1]))
     tensor([[1, 0],
             [1, 1]])
     """
     binary = output.dim() < 2 or output.shape[1] == 1
-    count = classes or (2 if binary else output.shape[1])
+    least = 2 if binary else output.shape[1]
+    count = least if classes is None else classes
+    if count < least:
+        raise ValueError(f"classes={count}: the outputs, {tuple(output.shape)}, are for {least}; give at least as many")
     predicted = (output > 0).long().flatten() if binary else output.argmax(1).flatten()
     true = target.long().flatten()
     if predicted.shape != true.shape:
@@ -191,7 +193,7 @@ class Predictions(Instrument):
         self.output: Tensor | None = None
         self.matrix: Tensor | None = None
         self.points: list[tuple[Tensor, Tensor]] = []
-        self.fresh = self.warned = False
+        self.fresh = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -215,12 +217,13 @@ class Predictions(Instrument):
         """Forget the last epoch; listen to the outputs."""
         self.stop()
         self.matrix, self.points, self.fresh = None, [], False
-        if not trainer.sanity_checking:
+        if not (self.off or trainer.sanity_checking):
             self.hook = self.source(pl_module).register_forward_hook(self.keep)
 
     def keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.output = output.detach() if isinstance(output, Tensor) else None
 
+    @guarded
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -238,30 +241,19 @@ class Predictions(Instrument):
             target = batch[self.target]
         except (LookupError, TypeError):
             target = None
-        if output is None or not isinstance(target, Tensor):
-            what = (
-                "output of the network" if output is None else f"target at {self.target!r} of a {type(batch).__name__}"
+        if output is None:
+            raise ValueError("there is no output of the network; set module= and target=")
+        if not isinstance(target, Tensor):
+            raise ValueError(
+                f"there is no target at {self.target!r} of a {type(batch).__name__}; set module= and target="
             )
-            self.give_up(f"there is no {what}; set module= and target=")
-        elif (self.task or ("regression" if target.is_floating_point() else "classification")) == "classification":
-            try:
-                found = confusion_matrix(output, target, len(self.classes) if self.classes else None)
-            except ValueError as error:
-                return self.give_up(str(error))
+        if (self.task or ("regression" if target.is_floating_point() else "classification")) == "classification":
+            found = confusion_matrix(output, target, len(self.classes) if self.classes else None)
             self.matrix = found if self.matrix is None else self.matrix + found
-        elif output.numel() == target.numel():
-            if (room := self.max_points - sum(len(t) for _, t in self.points)) > 0:
-                pair = output.flatten()[:room].float().cpu(), target.flatten()[:room].float().cpu()
-                self.points.append(pair)
-        else:
-            self.give_up(f"output {tuple(output.shape)} and target {tuple(target.shape)} do not fit")
-
-    def give_up(self, why: str) -> None:
-        """Say once why nothing is drawn."""
-        if not self.warned:
-            rank_zero_warn(f"Predictions: nothing is drawn: {why}")
-        self.warned = True
-        self.stop()
+        elif output.numel() != target.numel():
+            raise ValueError(f"output {tuple(output.shape)} and target {tuple(target.shape)} do not fit; set module=")
+        elif (room := self.max_points - sum(len(t) for _, t in self.points)) > 0:
+            self.points.append((output.flatten()[:room].float().cpu(), target.flatten()[:room].float().cpu()))
 
     def stop(self) -> None:
         if self.hook is not None:
@@ -269,9 +261,15 @@ class Predictions(Instrument):
         self.hook = self.output = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the epoch on all ranks, or, if one of them has failed, on none: adding up would wait for it."""
+        if not trainer.sanity_checking:
+            self.add_up(trainer, pl_module, trainer.strategy.reduce_boolean_decision(not self.off))
+
+    @guarded
+    def add_up(self, trainer: Trainer, pl_module: LightningModule, everywhere: bool) -> None:
         """Add up over the ranks; draw, if it is time to and the budget allows it."""
-        if self.hook is None:
-            return
+        if not everywhere:
+            raise RuntimeError("it has failed on another rank")
         self.stop()
         if self.matrix is not None and trainer.world_size > 1:
             total = trainer.strategy.reduce(self.matrix.to(pl_module.device), reduce_op="sum")

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from torchcalc.calculus import TrainingLoss, curvature, training_loss
 from torchcalc.convergence import preconditioner, stability_limit
-from torchcalc.instruments.instrument import Chart, Instrument, check_at_least_one
+from torchcalc.instruments.instrument import Chart, Instrument, check_at_least_one, guarded
 from torchcalc.instruments.objective import Objective, batch_of, check_objective, no_target
 
 __all__ = ["Sharpness", "SharpnessReading", "sharpness"]
@@ -69,7 +69,8 @@ def sharpness(
         max_products: Hessian-vector products spent at most, >= 1; if they do not suffice, the value is a lower bound.
 
     Raises:
-        ValueError: as :func:`torchcalc.calculus.curvature`.
+        ValueError: parameters that ``loss`` does not know, or of which the optimizer trains none; and as
+            :func:`torchcalc.calculus.curvature`.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> loss = training_loss(model, nn.functional.mse_loss, (torch.tensor([[3.0]]), torch.tensor([[6.0]])))
@@ -79,7 +80,12 @@ def sharpness(
     (18.0, 0.111, 20.0)
     """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names = [name for name, p in parameters.items() if id(p) in trained]
+    names = [name for name, p in parameters.items() if id(p) in trained and p.requires_grad]
+    if not names:
+        raise ValueError("optimizer: it trains none of the parameters; make it from those of the loss's model")
+    everything = loss.parameters
+    if unknown := [name for name in names if name not in everything]:
+        raise ValueError(f"parameters: the loss knows no {', '.join(unknown)}; its own are {', '.join(everything)}")
     metric, why = None, ""
     try:
         stability_limit(optimizer, 1.0)
@@ -87,7 +93,6 @@ def sharpness(
         metric = {name: positive(by_parameter[parameters[name]]) for name in names}
     except (TypeError, ValueError, KeyError) as error:
         why = f"{type(error).__name__}: {error}"
-    everything = loss.parameters
     at = {name: everything[name] for name in names}
     if start is not None and {k: v.shape for k, v in start.items()} != {k: v.shape for k, v in at.items()}:
         start = None  # something was frozen or unfrozen since
@@ -130,7 +135,8 @@ class Sharpness(Instrument):
     ``sharpness/lambda`` and ``sharpness/threshold``: training is unstable while the former is above the latter.
     ``sharpness/lr`` and ``sharpness/lr_limit``: the same in terms of the learning rate. They are of the loss of one fixed
     batch, the first of the training, with one dropout mask and without autocast; the sharpness of few examples is somewhat
-    above that of all. Weights, buffers, metrics, random numbers and ``.grad`` are left as they are. Under DDP rank zero
+    above that of all. Weights, buffers, metrics, random numbers and ``.grad`` are left as they are; what else
+    ``training_step`` does in Python, such as appending to a list, happens once more at each evaluation. Under DDP rank zero
     measures, of its own batch, and the others wait; ``training_step`` must not communicate. For optimizers that
     :func:`~torchcalc.convergence.stability_limit` does not know, the plain Hessian's λ is all there is.
 
@@ -165,7 +171,7 @@ class Sharpness(Instrument):
         objective: str = "training_step",
     ) -> None:
         super().__init__(every_n_steps=every_n_steps, budget=budget)
-        check_at_least_one("examples", examples)
+        check_at_least_one("examples", examples, or_none=True)
         check_at_least_one("max_products", max_products)
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance={tolerance}: must be between 0 and 1")
@@ -196,16 +202,20 @@ class Sharpness(Instrument):
             ("sharpness", "learning rate and its limit", ["^sharpness/lr(_limit)?$"]),
         ]
 
+    @guarded
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the first batch."""
         if self.batch is None and trainer.is_global_zero:
             self.batch = batch_of(batch, self.examples)
 
+    @guarded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note whether it is time to measure: after the step, when the optimizer's state is that of the weights."""
         paid = self.budget is None or self.spent <= self.budget * self.elapsed()
-        self.ready = trainer.is_global_zero and paid and self.due(trainer, optimizer)
+        # An optimizer that calls its closure several times comes by several times in a step.
+        self.ready = self.ready or (trainer.is_global_zero and paid and self.due(trainer, optimizer))
 
+    @guarded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchcalc.instruments.gradient_flow import DepthInstrument
+from torchcalc.instruments.instrument import guarded
 from torchcalc.instruments.layers import layers_of, norms
 
 __all__ = ["UpdateRatio", "update_ratios"]
@@ -32,6 +33,9 @@ def update_ratios(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, f
     Returns:
         By layer; nan where the layer was zero before.
 
+    Raises:
+        ValueError: a tensor of another shape than the parameter's.
+
     >>> import torch
     >>> model = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.constant_(model.weight, 1.0)
@@ -39,6 +43,10 @@ def update_ratios(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, f
     {'Linear': 1.0}
     """
     names = {id(p): name for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        if name in before and before[name].shape != p.shape:
+            shapes = f"{tuple(before[name].shape)}, the parameter {tuple(p.shape)}"
+            raise ValueError(f"before[{name!r}] has shape {shapes}: copy the parameters of this model; see Args")
     layers = {k: each for k, each in layers_of(model).items() if all(names[id(p)] in before for p in each)}
     return ratios({k: [(p, before[names[id(p)]]) for p in each] for k, each in layers.items()})
 
@@ -76,12 +84,14 @@ class UpdateRatio(DepthInstrument):
         super().__init__(every_n_steps=every_n_steps, max_layers=max_layers, columns=columns, budget=budget)
         self.before: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
 
+    @guarded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Copy the weights, if it is time to."""
         if self.due(trainer, optimizer):
             layers = self.layers_of(pl_module, optimizer)
             self.before |= {name: [(p, p.detach().clone()) for p in each] for name, each in layers.items()}
 
+    @guarded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -89,3 +99,7 @@ class UpdateRatio(DepthInstrument):
         if self.before:
             before, self.before = self.before, {}
             self.record(trainer, pl_module, ratios(before))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the copies."""
+        self.before = {}
