@@ -7,29 +7,32 @@ from collections.abc import Iterable, Iterator
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from torchcalc.instruments.instrument import Chart, Instrument, callbacks_of
+from torchcalc.instruments.instrument import Chart, Instrument, callbacks_of, guarded
 
 __all__ = ["Dashboard", "layout"]
 
 Layout = dict[str, dict[str, list[object]]]
+
+STAGE = "(?:train|val|test)"
 
 
 def layout(groups: Iterable[str], charts: Iterable[Chart] = ()) -> Layout:
     """Return a layout for ``writer.add_custom_scalars``.
 
     Args:
-        groups: prefixes of tags that belong into one chart: "loss" for ``loss/train`` and ``loss/val``.
+        groups: prefixes of tags that belong into one chart: "loss" for ``loss/train`` and ``loss/val``, or for
+            ``train_loss`` and ``val_loss``, or ``train/loss`` and ``val/loss``.
         charts: section, title and regular expressions of tags, of further charts. Charts of the same section and title
             become one.
 
     Returns:
         Sections, the training's own first, to charts, to what is drawn in them.
 
-    >>> layout(["loss"], [("sharpness", "learning rate", ["^lr$"])])
-    {'training': {'loss': ['Multiline', ['^loss(/|$)']]}, 'sharpness': {'learning rate': ['Multiline', ['^lr$']]}}
+    >>> layout([], [("sharpness", "learning rate", ["^lr$"])])
+    {'sharpness': {'learning rate': ['Multiline', ['^lr$']]}}
     """
     found: dict[str, dict[str, list[str]]] = {}
-    for section, title, tags in [*(("training", group, [f"^{re.escape(group)}(/|$)"]) for group in groups), *charts]:
+    for section, title, tags in [*(("training", group, [tags_of(group)]) for group in groups), *charts]:
         drawn = found.setdefault(section, {}).setdefault(title, [])
         drawn += [tag for tag in tags if tag not in drawn]
     return {
@@ -37,12 +40,28 @@ def layout(groups: Iterable[str], charts: Iterable[Chart] = ()) -> Layout:
     }
 
 
+def group_of(tag: str) -> str:
+    """What a tag shows, whatever the stage, and whether of a step or of an epoch.
+
+    >>> [group_of(tag) for tag in ("loss/val", "val/loss", "val_loss", "train_loss_step", "speed")]
+    ['loss', 'loss', 'loss', 'loss', 'speed']
+    """
+    first = re.sub(f"^{STAGE}[/_]", "", tag).partition("/")[0]
+    return re.sub(f"(.)(_{STAGE})?(_step|_epoch)?$", r"\1", first)
+
+
+def tags_of(group: str) -> str:
+    """A regular expression of the tags of a group."""
+    return f"^({STAGE}[/_])?{re.escape(group)}(_{STAGE})?(_step|_epoch)?(/|$)"
+
+
 class Dashboard(Instrument):
     """TensorBoard's tab "Custom Scalars" shows the training on one page: losses and metrics, then what instruments measure.
 
-    The curves are those that are logged, grouped by what comes before the slash: ``loss/train`` and ``loss/val`` share a
-    chart. TensorBoard takes one layout per run, so it is written once: after the sanity check, if that logs anything, else
-    after the first epoch.
+    The curves are those that are logged. What differs in the stage only shares a chart: ``loss/train`` and ``loss/val``,
+    ``train/loss`` and ``val/loss``, ``train_loss`` and ``val_loss``; else the group is what comes before the slash. The
+    layout is written when training starts, and again after a validation or an epoch that logged something new: TensorBoard
+    shows the newest, once its page is loaded again.
 
     Args:
         groups: prefixes of the tags to show, one chart each, in this order; None: what is logged.
@@ -57,53 +76,40 @@ class Dashboard(Instrument):
     def __init__(self, *, groups: list[str] | None = None) -> None:
         super().__init__(every_n_steps=None, budget=None)
         self.groups = groups
-        self.logged: list[str] = []
-        self.written = False
+        self.logged: set[str] = set()
+        self.written: Layout = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.logged, self.written = list(self.groups or []), False
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember what validation logs."""
-        self.look(trainer)
+            self.logged, self.written = set(), {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the layout, if it is known already."""
         super().on_train_start(trainer, pl_module)
-        self.write(trainer)
+        self.look(trainer, pl_module)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the layout, now that one epoch has logged."""
-        if not self.written:
-            self.look(trainer)
-            self.write(trainer)
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.look(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """There is nothing to draw."""
+        self.look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the layout of a training of one epoch, or less."""
-        if not self.written:
-            self.look(trainer)
-            self.write(trainer, anyway=True)
+        self.look(trainer, pl_module)
 
-    def look(self, trainer: Trainer) -> None:
-        """Note the groups of what has been logged, losses first."""
-        if self.groups is None:
-            tags = [tag.partition("/")[0] for tag in trainer.callback_metrics]
-            self.logged = sorted({*tags, *self.logged}, key=lambda tag: ("loss" not in tag, tag))
-
-    def write(self, trainer: Trainer, anyway: bool = False) -> None:
-        known = self.groups is not None or bool(self.logged)
-        if self.written or not (known or anyway) or not trainer.is_global_zero:
-            return
-        if (writer := self.writer(trainer)) is not None:
-            charts = [chart for each in instruments_of(callbacks_of(trainer)) for chart in each.charts()]
-            if found := layout(self.logged, charts):
-                writer.add_custom_scalars(found)
-        self.written = True
+    @guarded
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the layout of what is logged by now, if it is another than before."""
+        self.logged |= {group_of(tag) for tag in trainer.logged_metrics}  # on all ranks: it may add up over them
+        groups = (
+            sorted(self.logged, key=lambda group: ("loss" not in group, group)) if self.groups is None else self.groups
+        )
+        charts = [chart for each in instruments_of(callbacks_of(trainer)) for chart in each.charts()]
+        found = layout(groups, charts)
+        if found != self.written and trainer.is_global_zero and (writer := self.writer(trainer)) is not None:
+            self.written = found
+            writer.add_custom_scalars(found)
 
 
 def instruments_of(callbacks: Iterable[Callback]) -> Iterator[Instrument]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from torchcalc.instruments.dashboard import Dashboard
@@ -23,15 +25,18 @@ class Instruments(Callback):
 
     Each part keeps to a budget of the training time, together less than 4 %; only the last figures, about 0.04 s each, are
     drawn whatever they cost (``python -m benchmarks instruments`` measures all). Give the parts one by one to set them.
+    Sharpness evaluates ``training_step`` some more times: what that does in Python, such as appending to a list, is
+    repeated. A part that fails is switched off with a warning, and the training goes on.
 
     Args:
         every_n_steps: measure once every n batches that step, >= 1; None: the trainer's ``log_every_n_steps``.
-        sharpness: leave out the sharpness if False, as one must with several optimizers or manual optimization.
+        sharpness: leave out the sharpness if False. Where it cannot work, as with manual optimization, it is left out with
+            a warning.
         predictions: leave out the predictions if False.
 
     Raises:
         ValueError: every_n_steps out of range.
-        MisconfigurationException: as its parts do.
+        MisconfigurationException: as its other parts do.
 
     In a YAML: ``- class_path: torchcalc.instruments.Instruments``.
 
@@ -57,19 +62,22 @@ class Instruments(Callback):
             getattr(part, hook)(*args)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.tell("setup", trainer, pl_module, stage)
+        for part in [*self.parts]:
+            try:
+                part.setup(trainer, pl_module, stage)
+            except MisconfigurationException as error:
+                if not isinstance(part, Sharpness):
+                    raise
+                self.parts.remove(part)
+                rank_zero_warn(
+                    f"Instruments leaves the sharpness out, as sharpness=False would without a warning: {error}"
+                )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.tell("teardown", trainer, pl_module, stage)
 
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.tell("on_sanity_check_end", trainer, pl_module)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.tell("on_train_start", trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.tell("on_train_epoch_start", trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.tell("on_train_batch_start", trainer, pl_module, batch, batch_idx)
@@ -101,6 +109,9 @@ class Instruments(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self.tell("on_validation_batch_end", trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.tell("on_validation_end", trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.tell("on_validation_epoch_end", trainer, pl_module)
