@@ -43,7 +43,7 @@ STANDS_OUT = 10.0  # standard errors: where noise grows with the loss, (1) is to
 DOUBT = 2.0  # standard errors by which each slope is taken to be less steep than it seems: at the ends they are large
 CHANCE = 4.0  # standard errors of the steepest fall, which of so many slopes is steep by chance alone
 EXPLODES = 0.1  # of the largest fall, by which the loss has risen again where it is no longer stable
-STOP = 4.0  # times what the losses differ by, above the first: the rest of the range can only be worse
+STOP = 10.0  # times what the losses differ by, above the first: the rest of the range can only be worse
 
 
 @dataclass(frozen=True)
