@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.instruments.conftest import Regression, batches, group, loader, read, trainer_of
-from torchcalc.instruments import Instruments, Landscape, LearningRateRangeTest
+from tests.instruments.test_predictions import Classes
+from torchcalc.instruments import Instruments, Landscape, LearningRateRangeTest, Predictions
 
 
 @pytest.mark.slow
@@ -29,6 +30,23 @@ def test_ddp(tmp_path):
             assert group(found, name)[layer] == [(step, pytest.approx(value, rel=1e-4)) for step, value in curve]
     assert found.scalars["sharpness/lambda"][0][1] > 0
     assert len(found.tensors["custom_scalars__config__"]) == 2  # of rank zero, at the start and once all is known
+
+
+class OnlyPredicts(Classes):
+    def validation_step(self, batch):
+        self.net(batch[0])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_rank_waits_for_one_that_has_failed(tmp_path):
+    """Every second example, which are those of rank one, has a class that is none."""
+    x = torch.randn(8, 3)
+    train, val = (torch.utils.data.TensorDataset(x, torch.tensor([0, wrong] * 4)) for wrong in (1, 7))
+    trainer = trainer_of(tmp_path, Predictions(budget=None), strategy="ddp_spawn", devices=2, max_epochs=2)
+    trainer.fit(OnlyPredicts(), *(torch.utils.data.DataLoader(data, batch_size=2) for data in (train, val)))
+    assert trainer.state.finished
+    assert not read(tmp_path).images
 
 
 @pytest.mark.slow

@@ -142,12 +142,14 @@ class Again(torch.utils.data.IterableDataset):
         return iter(batches())
 
 
-@pytest.mark.parametrize("data", [Again(), loader(Again())])
-def test_data_without_a_length(tmp_path, data):
+@pytest.mark.parametrize("data", [Again(), loader(Again()), [loader(), loader()], {"a": loader(Again())}])
+def test_data_without_a_length_and_several(tmp_path, data):
     seen = []
 
     class Looking(Regression):
         def training_step(self, batch):
+            batch = batch["a"] if isinstance(batch, dict) else batch
+            batch = batch[0] if isinstance(batch[0], (list, tuple)) else batch
             seen.append(batch[0][0].tolist())
             return super().training_step(batch)
 
@@ -157,8 +159,11 @@ def test_data_without_a_length(tmp_path, data):
 
 
 def test_what_no_range_test_can_be_made_with(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"the training data are a list_iterator, .* pass a DataLoader"):
-        trainer_of(tmp_path, LearningRateRangeTest()).fit(Regression(), iter(batches()))
+    for data in (iter(batches()), [loader(), iter(batches())]):
+        with pytest.raises(
+            MisconfigurationException, match=r"the training data are a list_iterator, .* pass a DataLoader"
+        ):
+            trainer_of(tmp_path, LearningRateRangeTest()).fit(Regression(), data)
     still = Regression(optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
     with pytest.raises(MisconfigurationException, match="the optimizer's lr is 0, which no factor changes"):
         fit(tmp_path, still, LearningRateRangeTest())

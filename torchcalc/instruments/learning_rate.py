@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -133,11 +134,12 @@ class LearningRateRangeTest(Instrument):
             raise MisconfigurationException(
                 f"LearningRateRangeTest: one optimizer is needed, not {len(trainer.optimizers)}"
             )
-        if isinstance(trainer.train_dataloader, Iterator):
-            kind = type(trainer.train_dataloader).__name__
+        loaders = trainer.fit_loop._combined_loader
+        assert loaders is not None
+        if once := next((each for each in loaders.flattened if isinstance(each, Iterator)), None):
             raise MisconfigurationException(
-                f"LearningRateRangeTest: the training data are a {kind}, and what the test reads of it the training would "
-                "miss; pass a DataLoader, or a class whose __iter__ begins anew"
+                f"LearningRateRangeTest: the training data are a {type(once).__name__}, and what the test reads of it the "
+                "training would miss; pass a DataLoader, or a class whose __iter__ begins anew"
             )
         (optimizer,) = trainer.optimizers
         before = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
@@ -146,7 +148,7 @@ class LearningRateRangeTest(Instrument):
                 "LearningRateRangeTest: the optimizer's lr is 0, which no factor changes; any other will do, such as 1e-3"
             )
         if trainer.is_global_zero:
-            self.test(trainer, pl_module)
+            self.test(trainer, pl_module, CombinedLoader(loaders.iterables, loaders._mode))
         self.suggestion = trainer.strategy.broadcast(self.suggestion)
         if self.suggestion is None:
             if not self.off:
@@ -160,11 +162,10 @@ class LearningRateRangeTest(Instrument):
         )
 
     @guarded
-    def test(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def test(self, trainer: Trainer, pl_module: LightningModule, data: CombinedLoader) -> None:
         """Find the suggestion; write the figure."""
-        loader = () if trainer.train_dataloader is None else trainer.train_dataloader
         with random_numbers_kept():
-            batches = [self.to_device(trainer, batch) for batch in islice(loader, self.batches)]
+            batches = [self.to_device(trainer, batch) for batch, *_ in islice(data, self.batches)]
         (optimizer,) = trainer.optimizers
         pairs = [((batch,), None) for batch in batches]
         objective = Objective(pl_module, self.objective)
