@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -476,3 +477,12 @@ def test_refuses_what_cannot_be_tested():
         range_test(model, nn.functional.cross_entropy, [], sgd)
     with pytest.raises(ValueError, match="loss: it is nan before the first step"):
         range_test(model, lambda output, target: output.sum() * math.nan, batches(), sgd)
+
+
+@pytest.mark.parametrize(
+    ("high", "says"), [(2.0, r"beyond \S+ it rises\)$"), (-0.5, r"at none that was tried it rises\)$")]
+)
+def test_the_words_claim_no_rise_that_was_not_seen(high, says):
+    lrs = torch.logspace(-5, high, 120)
+    losses = 2 - 1.5 * torch.sigmoid(6 * (lrs.log10() + 2)) + (lrs > 1) * lrs
+    assert re.search(says, str(suggest(lrs, losses)))

@@ -70,9 +70,12 @@ class RangeTest:
         if math.isnan(self.suggestion):
             return f"range test: no rate from {float(self.lrs[0]):.2g} to {float(self.lrs[-1]):.2g} lowers the loss"
         low, high = self.interval
+        rises = "at none that was tried it rises"
+        if self.largest_stable < float(self.lrs[-1]):
+            rises = f"beyond {self.largest_stable:.2g} it rises"
         return (
             f"range test: lr = {self.suggestion:.2g} (from {low:.2g} to {high:.2g} the loss falls at least half as fast; "
-            f"beyond {self.largest_stable:.2g} it rises)"
+            f"{rises})"
         )
 
     def figure(self) -> Figure:
