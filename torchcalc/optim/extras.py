@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from torchcalc import native
-from torchcalc.native.optim import grad_norm
+from torchcalc.native.optim import GradNorm, grad_norm
 from torchcalc.optim.tensor_list import TensorList
 
 __all__ = ["NORMAL", "Scaling", "check_extras", "clip_coefficient", "draw_seed", "global_norm", "round_stochastically_"]
@@ -110,6 +110,9 @@ class Norm(NamedTuple):
 
 def global_norm(grads: list[Tensor]) -> Norm:
     """The 2-norm of all gradients together, over all shards of DTensors: every rank gets the same."""
+    fast = _by_kernel(grads)
+    if fast is not None:
+        return Norm(fast.squared**0.5, fast.finite)
     distributed = sys.modules.get("torch.distributed.tensor")
     plain: list[Tensor] = []
     sharded: dict[Any, list[Tensor]] = defaultdict(list)
@@ -138,6 +141,11 @@ def global_norm(grads: list[Tensor]) -> Norm:
     return Norm(squared**0.5, finite)
 
 
+def _by_kernel(grads: list[Tensor]) -> GradNorm | None:
+    """The kernel itself refuses what is not dense, real and on the CPU; a subclass would have to know its operator."""
+    return grad_norm(grads) if native.available() and all(map(_is_plain, map(type, grads))) else None
+
+
 def _on_one(x: Any, parts: list[Any]) -> Any:
     """Tensors of several devices meet on the first one."""
     device = next((s.device for s, _ in parts if isinstance(s, Tensor)), None)
@@ -146,10 +154,9 @@ def _on_one(x: Any, parts: list[Any]) -> Any:
 
 def _squared(grads: list[Tensor]) -> tuple[Any, Any]:
     """(Σ g², all finite) of all but DTensors, in float64: the squares of finite float32 do not overflow there."""
-    if native.available() and all(map(_is_plain, map(type, grads))):
-        fast = grad_norm(grads)  # the kernel itself refuses what is not dense, real and on the CPU
-        if fast is not None:
-            return fast
+    fast = _by_kernel(grads)
+    if fast is not None:
+        return fast
     grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
     grads = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
     on_host = all(g.is_cpu for g in grads)

@@ -72,7 +72,7 @@ class Plan:
                 keys == self.keys
                 and len(params) == self.count
                 and all(map(is_, self._objects(params), self.objects))
-                and all(_look(params[i]) == look for i, look in zip(self.rest, self.looks, strict=True))
+                and (not self.rest or self.looks == [_look(params[i]) for i in self.rest])
             )
         except KeyError:  # a slot was deleted
             return False

@@ -240,8 +240,10 @@ class Optimizer(torch.optim.Optimizer):
         steps = [self._prepare(i, group) for i, group in enumerate(self.param_groups)]  # each may raise; then all run
         if self._new_plans:
             self._new_plans, self._states = False, list(self.state.values())
-        for i, step in enumerate(steps):  # a seed for each group: a kernel counts the places within its group only
-            step(scaling if scaling.seed is None else scaling._replace(seed=scaling.seed + i))
+        for step in steps:
+            step(scaling)
+            if scaling.seed is not None:  # one for each group: a kernel counts the places within its group only
+                scaling = scaling._replace(seed=scaling.seed + 1)
 
     def _scaling(self, grad_scale: Tensor | None) -> Scaling | None:
         """What max_norm, skip_nonfinite and rounding make of this step; None to skip it."""
