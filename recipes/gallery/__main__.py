@@ -24,7 +24,7 @@ LARGEST = 150_000  # bytes
 # What each picture shows: tags of the recipe of its name.
 SHOWN = {
     "descent": ["contours/rosenbrock", "gap_log10/rosenbrock", "gap_log10/himmelblau", "learning_rate/sweep"],
-    "depth": ["accuracy/2 layers", "accuracy/200 layers", "figures/depth", "figures/gradient_norm"],
+    "depth": ["accuracy/200 layers", "first_gradient_log10/200 layers", "figures/depth", "figures/gradient_norm"],
     "learning_rate": ["figures/learning_rate", "figures/range_test", "sweep/loss_log10", "sweep/sharpness"],
 }
 
