@@ -128,9 +128,8 @@ def global_norm(grads: list[Tensor]) -> Norm:
         squared, finite = _squared(locals_)
         total = torch.stack([torch.as_tensor(squared), 1.0 - torch.as_tensor(finite).double()]).to(locals_[0].device)
         for dim, placement in enumerate(placements):
-            if (
-                not placement.is_replicate()
-            ):  # a shard: also the strided one of two-dimensional sharding, which is no Shard
+            # Not is_shard(): the strided shards of two-dimensional sharding are none, in torch's words.
+            if not placement.is_replicate():
                 torch.distributed.all_reduce(total, group=mesh.get_group(dim))
         on_host = total.is_cpu
         parts.append((total[0].item(), total[1].item() == 0) if on_host else (total[0], total[1] == 0))
