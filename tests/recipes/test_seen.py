@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -28,12 +29,17 @@ def number(shown):
     return float(shown.replace(",", "").replace("\N{MINUS SIGN}", "-"))
 
 
+@pytest.fixture(scope="module", params=NAMES)
+def folder(request, tmp_path_factory):
+    """The runs of a recipe, of which there is a short one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("seen"))
+        main([*brief(request.param), "--trainer.enable_progress_bar=false"])
+        return Path.cwd() / "runs" / request.param
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_curves_and_pictures_are_on_the_page(name, chromium, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    main([*brief(name), "--trainer.enable_progress_bar=false"])
-    folder = tmp_path / "runs" / name
+def test_curves_and_pictures_are_on_the_page(folder, chromium, tmp_path):
     by_run = {str(run.relative_to(folder)): run for run in runs(folder)}
     scalars = {run: curves(path) for run, path in by_run.items()}
     images = {tag: run for run, path in by_run.items() for tag in events(path).Tags()["images"]}
@@ -43,7 +49,7 @@ def test_curves_and_pictures_are_on_the_page(name, chromium, monkeypatch, tmp_pa
     with serve(folder) as url, Browser(*SIZE) as page:
         assert set(ask(url, "runs")) == set(by_run)
         for first in range(0, len(tags), CARDS):
-            drawn |= photograph(page, url, tags[first : first + CARDS], tmp_path / f"{name}_{first // CARDS}.png")
+            drawn |= photograph(page, url, tags[first : first + CARDS], tmp_path / f"{first // CARDS}.png")
     assert set(drawn) == set(tags)
     for tag, rows in drawn.items():
         if tag in images:
@@ -75,15 +81,11 @@ DASHBOARDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_the_dashboard_is_on_the_page(name, chromium, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    main([*brief(name), "--trainer.enable_progress_bar=false"])
-    folder = tmp_path / "runs" / name
+def test_the_dashboard_is_on_the_page(folder, chromium):
     tags = {f"{tag} ({run.relative_to(folder)})" for run in runs(folder) for tag in curves(run)}
     with serve(folder) as url, Browser(1600, 3000) as page:
         drawn = charts(page, url, titles(folder / "version_0"))
-    assert set(drawn) >= set(DASHBOARDS[name])
+    assert set(drawn) >= set(DASHBOARDS[folder.name])
     assert {curve for shown in drawn.values() for curve in shown} <= tags
 
 
