@@ -89,9 +89,7 @@ def sweep_figure(sweep: Sequence[Walk]) -> Figure:
     figure, _ = new_figure(11, 6.5)
     figure.clear()
     f, first = SURFACES[sweep[0].surface], [walk for walk in sweep if walk.method == sweep[0].method]
-    shown = {
-        i for part in SHOWN for i in [min(range(len(first)), key=lambda i: abs(first[i].lr / first[i].limit - part))]
-    }
+    shown = {min(range(len(first)), key=lambda i: abs(first[i].lr / first[i].limit - part)) for part in SHOWN}
     grid = figure.add_gridspec(2, len(shown), height_ratios=(1, 1.3))
     for column, walk in enumerate(first[i] for i in sorted(shown)):
         ax = figure.add_subplot(grid[0, column])

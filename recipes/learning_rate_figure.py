@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from recipes.depth_figure import FLOAT32
 from torchcalc.convergence import RangeTest, predict, verdict
 from torchcalc.instruments.figures import quiet
 
 COLOURS = {"crawls": "#E69F00", "converges": "#009E73", "oscillates": "#0072B2", "diverges": "#D55E00"}
-TINY = 1e-45  # float32's smallest number, for a loss of zero
 HEAD = ("lr", "lr / limit", "predicted", "seen", "why not as predicted")
 
 
@@ -89,7 +89,7 @@ def write_curves(folder: str, runs: Sequence[Run], every: int) -> None:
         with SummaryWriter(f"{folder}/lr={short(run.lr)}") as writer:
             for step, loss in enumerate(run.losses):
                 writer.add_scalar(
-                    "sweep/loss_log10", math.log10(max(loss, TINY)) if math.isfinite(loss) else loss, step
+                    "sweep/loss_log10", math.log10(max(loss, FLOAT32)) if math.isfinite(loss) else loss, step
                 )
             for i, sharpness in enumerate(run.sharpness):
                 writer.add_scalar("sweep/sharpness", sharpness, i * every)

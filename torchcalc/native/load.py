@@ -59,7 +59,7 @@ def _load() -> tuple[Path | None, str]:
     path, problem = _find()
     if path is None:
         return None, problem
-    if not _is_whole(path.read_bytes()):
+    if not _is_whole(path):
         return None, f"{path} is damaged: it was cut short. {_REBUILD}"
     try:
         torch.ops.load_library(path)
@@ -71,8 +71,10 @@ def _load() -> tuple[Path | None, str]:
     return path, ""
 
 
-def _is_whole(library: bytes) -> bool:
+def _is_whole(path: Path) -> bool:
     """Whether an ELF file reaches to the end of its section table: mapping one that was cut short ends the process."""
+    with path.open("rb") as file:
+        library = file.read(64)  # the header
     if library[:5] != b"\x7fELF\x02":
         return True  # a Mach-O file, say; what is no library at all is refused by the loader
     if len(library) < 64:
@@ -80,7 +82,7 @@ def _is_whole(library: bytes) -> bool:
     order = "<" if library[5] == 1 else ">"
     (table,) = struct.unpack_from(f"{order}Q", library, 40)
     size, count = struct.unpack_from(f"{order}HH", library, 58)
-    return bool(table + size * count <= len(library))
+    return bool(table + size * count <= path.stat().st_size)
 
 
 def _find() -> tuple[Path | None, str]:
