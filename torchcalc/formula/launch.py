@@ -55,7 +55,7 @@ def fits(tensors: Sequence[Tensor]) -> bool:
     if not gpu.takes(x.device):
         return False
     contiguous = x.is_contiguous()
-    if not contiguous and not _is_dense(x):
+    if not contiguous and not gpu.is_dense(x):
         return False
     shape, device, strides = x.shape, x.device, None if contiguous else x.stride()
     for t in tensors:
@@ -65,16 +65,6 @@ def fits(tensors: Sequence[Tensor]) -> bool:
             return False
         if not t.is_contiguous() if contiguous else t.stride() != strides:
             return False
-    return True
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether its elements fill a stretch of memory, each place once."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
     return True
 
 

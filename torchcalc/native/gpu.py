@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "available", "capturing", "is_interpreted", "options", "stream", "takes", "why_not"]
+__all__ = ["INTERPRETED", "Kernel", "available", "capturing", "is_dense", "options", "stream", "takes", "why_not"]
+
+#: Whether kernels run in Triton's interpreter, on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _OLDEST = (3, 4)
 
@@ -42,16 +45,11 @@ def why_not() -> str:
     return _why_not or ""
 
 
-def is_interpreted() -> bool:
-    """Whether kernels run on CPU tensors, in Triton's interpreter."""
-    return available() and bool(_triton.knobs.runtime.interpret)
-
-
 def takes(device: torch.device) -> bool:
     """Whether kernels run on the device."""
     if device.type == "cuda":
-        return available() and not is_interpreted() and _is_new_enough(device.index or 0)
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and is_interpreted()
+        return not INTERPRETED and available() and _is_new_enough(device.index)
+    return INTERPRETED and device.type == "cpu" and available()
 
 
 def _find() -> None:
@@ -98,6 +96,18 @@ def options(backend: str) -> dict[str, Any]:
     return {"enable_fp_fusion": False, **({"enable_reflect_ftz": False} if backend == "cuda" else {})}
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether its elements fill a stretch of memory, each place once."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def stream(device: torch.device) -> int:
     """The current stream of the device, as a number."""
     if device.type != "cuda":
@@ -135,7 +145,7 @@ class Kernel:
             file = f"<torchcalc kernel {next(_numbers)}: {self.name}>"
             linecache.cache[file] = (len(self.text), None, self.text.splitlines(keepends=True), file)  # Triton reads it
             names: dict[str, Any] = {"tl": _triton.language, "libdevice": _libdevice()}
-            exec(compile(self.text, file, "exec"), names)
+            exec(compile(self.text, file, "exec", dont_inherit=True), names)  # annotations are values here
             function = names[self.name]
             fixed = list(inspect.signature(function).parameters)[self.aligned :]
             self._function = _triton.jit(function, do_not_specialize=fixed)
@@ -162,7 +172,9 @@ class Kernel:
         self, device: torch.device, programs: int, tensors: Sequence[Tensor], numbers: Sequence[float]
     ) -> None:
         if device.type != "cuda":
-            self.function[(programs,)](*tensors, *numbers)
+            function = self.function
+            types = list(inspect.get_annotations(function.fn).values())[self.tensors :]
+            function[(programs,)](*tensors, *map(_interpreted_number, numbers, types))
             return
         with torch.cuda.device(device.index):
             kernel = self._launch_slowly(device, programs, tensors, numbers)
@@ -181,11 +193,21 @@ class Kernel:
 
 def _libdevice() -> Any:
     """exp, tanh, erfc, ...: the platform's library, the one which torch's own kernels use; torch itself when interpreted."""
-    if is_interpreted():
+    if INTERPRETED:
         return _Interpreted()
     from triton.language.extra import libdevice
 
     return libdevice
+
+
+def _interpreted_number(x: float, type_: str) -> Any:
+    """A number of its type; by itself the interpreter would guess one."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    name = type_.replace("fp", "float").replace("i", "int")  # in torch and Triton
+    value = torch.tensor([x], dtype=getattr(torch, name), device="cpu").numpy()
+    return tl.core.tensor(TensorHandle(value, getattr(tl, name)), getattr(tl, name))
 
 
 class _Interpreted:

@@ -13,17 +13,17 @@ coefficient and whether to skip the step come from :func:`finish`. So nothing wa
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 
 from torchcalc.formula.code import assignments
+from torchcalc.formula.numbers import host_function
 from torchcalc.formula.rule import Recording
 from torchcalc.formula.triton import ELEMENTS, LANGUAGES, TYPES, Block, argument, compute_type, numbers_of, signature
 from torchcalc.native.gpu import Kernel
 
-__all__ = ["BLOCK", "Update", "copy_addresses", "finish", "norm", "row_numbers", "update"]
+__all__ = ["BLOCK", "LANES", "Way", "copy_addresses", "finish", "norm"]
 
 #: Elements that a program takes, and its warps.
 BLOCK = 2048
@@ -34,20 +34,25 @@ LANES = 128
 ADDRESSES = 32
 
 
-class Update(NamedTuple):
-    """A rule's kernel.
+class Way:
+    """One way through a rule: its recording, and the kernels made of it, each once."""
 
-    Attributes:
-        kernel: arguments: table, grads, tensors, blocks; rows, if the numbers come by rows; control, if there is one; counter, if
-            seeds are counted; then the numbers, if not by rows; seed, if it rounds stochastically.
-        numbers: names of the numbers.
-    """
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.update = functools.cache(functools.partial(update, recording))
+        self.row_numbers = functools.cache(functools.partial(row_numbers, recording))
+        self.names = functools.cache(self._names)
+        self.host_numbers = functools.cache(self._host_numbers)
 
-    kernel: Kernel
-    numbers: tuple[str, ...]
+    def _names(self, type_: str) -> list[str]:
+        """What the kernel calls the numbers that are the same for a whole tensor."""
+        return list(numbers_of(assignments(self.recording.outputs, LANGUAGES[type_], lambda e: str(e.args[0]))))
+
+    def _host_numbers(self, type_: str) -> Callable[..., tuple[float, ...]]:
+        """A function that computes these from the recording's parameters."""
+        return host_function(self.recording.outputs, self.recording.parameters, self.names(type_), type_)
 
 
-@functools.lru_cache(maxsize=256)
 def update(
     recording: Recording,
     dtypes: tuple[torch.dtype, ...],
@@ -58,8 +63,11 @@ def update(
     controlled: bool,
     stochastic: bool,
     counted: bool,
-) -> Update:
+) -> Kernel:
     """The kernel of a rule.
+
+    Its arguments: table, grads, tensors, blocks; rows, if the numbers come by rows; control, if there is one; counter, if
+    seeds are counted; then the numbers, if not by rows; seed, if it rounds stochastically.
 
     Args:
         dtypes: of p, g and the slots.
@@ -115,7 +123,7 @@ def update(
         text += "    if tl.load(control + 1) == 0:\n" + step.text("        ")
     else:
         text += step.text("    ")
-    return Update(Kernel(recording.name, text, tensors, warps=WARPS), tuple(numbers))
+    return Kernel(recording.name, text, tensors, warps=WARPS)
 
 
 def _pointer(name: str, place: str, type_: str, aligned: bool) -> str:
@@ -155,7 +163,6 @@ class _Step(Block):
         ]
 
 
-@functools.lru_cache(maxsize=256)
 def row_numbers(
     recording: Recording, type_: str, on_device: tuple[tuple[str, str], ...], step_type: str | None, controlled: bool
 ) -> tuple[Kernel, tuple[str, ...]]:
