@@ -170,7 +170,8 @@ _totals: dict[torch.dtype, gpu.Kernel] = {}
 
 def _find(formula: Formula, kind: Any, tensors: Sequence[Tensor | None]) -> Launcher:
     """The launcher for a kind of pass: "value", an index for a product, "loss", "partial", (index,) for a loss's product."""
-    dtypes, low = [], 0
+    dtypes: list[torch.dtype | None] = []
+    low = 0
     for t in tensors:
         if t is None:
             dtypes.append(None)
@@ -195,7 +196,9 @@ def _make(formula: Formula, kind: Any, dtypes: Sequence[torch.dtype | None], ali
     type_ = compute_type(known)
     output = formula.products[index] if product else formula.value
     if output is None:
-        raise ValueError(f"{formula.name} has no gradient for {formula.inputs[index]!r}, but a kernel for it was asked for")
+        raise ValueError(
+            f"{formula.name} has no gradient for {formula.inputs[index]!r}, but a kernel for it was asked for"
+        )
     inputs = {name: ELEMENTS[d] for name, d in zip(names, dtypes[:-1], strict=True) if d is not None}
     lacking = output.inputs() - set(inputs)
     if lacking:
@@ -210,7 +213,13 @@ def _make(formula: Formula, kind: Any, dtypes: Sequence[torch.dtype | None], ali
 
 
 def _text(
-    name: str, kind: Any, code: Any, inputs: dict[str, str], out: torch.dtype, type_: str, numbers: dict[str, Expression]
+    name: str,
+    kind: Any,
+    code: Any,
+    inputs: dict[str, str],
+    out: torch.dtype,
+    type_: str,
+    numbers: dict[str, Expression],
 ) -> str:
     scalar = "g" if isinstance(kind, tuple) else None  # a loss's gradient is one number
     reduces = kind in ("loss", "partial")

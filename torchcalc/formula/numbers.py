@@ -92,7 +92,9 @@ def host_function(
     language = Language(element=anything, uniform=uniform, literal=repr, uniform_literal=lambda x: f"({x!r})")
     code: Code = assignments(outputs, language, lambda e: str(e.args[0]))
     lines = "".join(f"    {a.name} = {a.text}\n" for a in code.uniform)
-    text = f"def numbers({', '.join(parameters)}):\n{lines}    return ({''.join(f'float({name}), ' for name in wanted)})\n"
+    text = (
+        f"def numbers({', '.join(parameters)}):\n{lines}    return ({''.join(f'float({name}), ' for name in wanted)})\n"
+    )
     names = dict(_NAMES)
     exec(text, names)
     function: Callable[..., tuple[float, ...]] = names["numbers"]  # type: ignore[assignment]

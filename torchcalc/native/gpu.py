@@ -64,7 +64,9 @@ def _find() -> None:
 
         version = tuple(int(x) for x in triton.__version__.split("+")[0].split(".")[:2])
     except Exception as error:  # absent, or broken in one of the many ways of compiled packages
-        _why_not = f"Triton cannot be imported ({type(error).__name__}: {error}). torch's wheels for CUDA bring it along."
+        _why_not = (
+            f"Triton cannot be imported ({type(error).__name__}: {error}). torch's wheels for CUDA bring it along."
+        )
         return
     if version < _OLDEST:
         _why_not = f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST))}, which these kernels need."

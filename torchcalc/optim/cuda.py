@@ -76,12 +76,13 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
     """
     measured = optimizer.max_norm is not None or optimizer.skip_nonfinite
     controlled = measured or grad_scale is not None or found_inf is not None
+    skips = optimizer.skip_nonfinite or found_inf is not None
     if memory.plans and not _same(memory.states, optimizer.state.values()):
         memory.plans.clear()
     work: list[tuple[dict[str, Any], Plan | None, list[Tensor], Callable[[Scaling], None] | None]] = []
-    devices = set()
+    devices: set[torch.device] = set()
     for index, group in enumerate(optimizer.param_groups):
-        plan, grads = _plan(optimizer, memory, index, group) if goes(group) else (None, [])
+        plan, grads = _plan(optimizer, memory, index, group, skips) if goes(group) else (None, [])
         if plan is not None:
             work.append((group, plan, grads, None))
             devices.update(batch.device for batch in plan.batches)
@@ -97,7 +98,7 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
     if any(t is not None and t.device != device for t in (grad_scale, found_inf)):
         return False
     try:
-        values = [plan and plan.values(optimizer, group) for group, plan, _, _ in work]
+        values = [None if plan is None else plan.values(optimizer, group) for group, plan, _, _ in work]
     except Unfit:
         return False
     memory.states = list(optimizer.state.values())
@@ -113,7 +114,7 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
         known.finish(optimizer, batches, grad_scale, found_inf, counted, measured)
         control = known if controlled else None
         counter = known if counted else None
-    for (group, plan, grads, rule), value in zip(work, values, strict=True):
+    for (group, plan, _, rule), value in zip(work, values, strict=True):
         scaling = NORMAL if seed is None else Scaling(seed=seed)
         if plan is None:
             assert rule is not None
@@ -131,8 +132,13 @@ def skipped_steps(memory: Memory) -> int:
     return sum(int(control.skipped.item()) for control in memory.controls.values())
 
 
-def _plan(optimizer: Any, memory: Memory, index: int, group: dict[str, Any]) -> tuple[Plan | None, list[Tensor]]:
-    """The plan for the parameters of a group that have a gradient, and these; None if the rule does the group."""
+def _plan(
+    optimizer: Any, memory: Memory, index: int, group: dict[str, Any], skips: bool
+) -> tuple[Plan | None, list[Tensor]]:
+    """The plan for the parameters of a group that have a gradient, and these; None if the rule does the group.
+
+    skips: whether the step may be skipped.
+    """
     params, pattern = group["params"], b""
     found = [p.grad for p in params]
     grads = [g for g in found if g is not None]
@@ -148,15 +154,21 @@ def _plan(optimizer: Any, memory: Memory, index: int, group: dict[str, Any]) -> 
     if plan is None or not plan.holds(group, params, grads, keys):
         if capturing:  # what a plan keeps on the device comes from the host
             return None, []
+        # A first step may have another formula, and if it is skipped it must leave no state: the rule does it.
+        if (skips or _uses_first(optimizer)) and not _has_state(optimizer, params, keys):
+            return None, []
         entries = optimizer._entries(group, params)
-        if not optimizer.counts_steps and _uses_first(optimizer) and any(e.first for e in entries):
-            return None, []  # the first step has another formula
         if len(memory.plans) >= MOST_PLANS * len(optimizer.param_groups):
             memory.plans.clear()
         plan = memory.plans[key] = Plan(optimizer, memory, index, group, entries, keys)
     elif capturing and "capturable" in optimizer.defaults:
         check_graph_capture(optimizer)
     return (plan, grads) if plan.batches else (None, [])
+
+
+def _has_state(optimizer: Any, params: list[Tensor], keys: tuple[str, ...]) -> bool:
+    states = [optimizer.state.get(p, {}) for p in params]
+    return all(state.get(key) is not None for state in states for key in keys)
 
 
 def _uses_first(optimizer: Any) -> bool:
@@ -194,7 +206,8 @@ class Batch:
         self.grads: Tensor | None = None
         self.addresses: list[int] = []
         self.stream = gpu.stream(self.device)
-        self.steps = number.to(self.device)  # places among the steps
+        self.step_places: list[int] = []  # among the group's step counts
+        self.steps = number.to(self.device)  # the same, on the device
         self.rows: dict[int, Tensor] = {}
 
     def hand_over(self, grads: list[Tensor], memory: Memory) -> None:
@@ -252,7 +265,9 @@ class Plan:
                 batches.setdefault((e.p.device, tuple(t.dtype for t in tensors), aligned), []).append(i)
             else:
                 self.rest.append(i)
-        self.batches: list[Batch] = [Batch([entries[i] for i in places], places, key[-1]) for key, places in batches.items()]
+        self.batches: list[Batch] = [
+            Batch([entries[i] for i in places], places, key[-1]) for key, places in batches.items()
+        ]
         self.counters: dict[torch.device, Counter] = {}
         if self.counts:
             self._count(optimizer, memory, index, group, entries)
@@ -409,8 +424,8 @@ def launch(
             inputs.append(control.values)
         inputs += [arguments[x] for x, _ in on_device]
         count = len(batch.places)
-        given_numbers = (time if x == "t" else arguments[x] for x in given)
-        kernel.launch(batch.device, -(-count // LANES), inputs, (count, *given_numbers))
+        given_numbers: list[Any] = [time if x == "t" else arguments[x] for x in given]
+        kernel.launch(batch.device, -(-count // LANES), inputs, [count, *given_numbers])
         tensors.append(rows)
     else:
         if time is not None:

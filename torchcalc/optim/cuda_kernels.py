@@ -108,7 +108,9 @@ def update(
         *(f"{x}_out = {x}_ptr" for x in ("p", *slots)),
     ]
     if by_rows:
-        lines += [f"{argument(u, e)} = tl.load(rows + i * {len(numbers)} + {j})" for j, (u, e) in enumerate(numbers.items())]
+        lines += [
+            f"{argument(u, e)} = tl.load(rows + i * {len(numbers)} + {j})" for j, (u, e) in enumerate(numbers.items())
+        ]
     lines += [f"{u} = {argument(u, e)} != 0" for u, e in numbers.items() if e.is_condition]
     if controlled:
         lines.append(f"coefficient = tl.load(control).to({wide})")
@@ -245,9 +247,7 @@ def norm(dtype: torch.dtype, aligned: bool) -> Kernel:
 
 
 @functools.lru_cache(maxsize=64)
-def finish(
-    partials: int, *, scaled: bool, found_inf: bool, skips: bool, clips: bool, counts_seeds: bool
-) -> Kernel:
+def finish(partials: int, *, scaled: bool, found_inf: bool, skips: bool, clips: bool, counts_seeds: bool) -> Kernel:
     """What a step needs to know before it begins: control = [the gradients' factor, whether to skip].
 
     Args:
