@@ -49,7 +49,7 @@ def give(ps: list[nn.Parameter], *others: list[nn.Parameter], scale: float = 1.0
     for i, p in enumerate(ps):
         p.grad = (scale * torch.randn(p.shape, dtype=torch.float64)).to(p.dtype)
         for qs in others:
-            qs[i].grad = p.grad.to(qs[i].dtype)
+            qs[i].grad = p.grad.to(qs[i].dtype, copy=True)
 
 
 def check_equal(ps: list[nn.Parameter], qs: list[nn.Parameter], ulps: float = 8) -> None:
@@ -81,7 +81,11 @@ def test_the_rule(case: Case, config: dict[str, Any], dtype: torch.dtype, launch
         rule.step()
         assert all(map(torch.equal, before, [p.grad for p in ps]))
         assert all(p._version > version for p, version in zip(ps, versions, strict=True))
-    check_equal(ps, qs, 64 if case.name == "RMSprop" else 8)  # whose centered variance cancels
+    if dtype == torch.float64 and any(isinstance(x, Tensor) for x in config.values()):
+        # The rule computes with a float32 tensor lr in float32, the kernel in float64.
+        torch.testing.assert_close(ps, qs, rtol=1e-6, atol=1e-6)
+    else:
+        check_equal(ps, qs, 64 if case.name == "RMSprop" else 8)  # whose centered variance cancels
     for p, q in zip(ps, qs, strict=True):
         assert mine.state[p].keys() == rule.state[q].keys()
         for key, slot in rule.state[q].items():
@@ -90,7 +94,7 @@ def test_the_rule(case: Case, config: dict[str, Any], dtype: torch.dtype, launch
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop"])
 def test_half_types_are_computed_in_float32_and_rounded_once(name: str, dtype: torch.dtype) -> None:
     ps = parameters(dtype)
     cls = getattr(ours, name)
@@ -316,7 +320,7 @@ def test_scaled_gradients(max_norm: float | None) -> None:
         if not found:
             if max_norm:
                 norm = nn.utils.clip_grad_norm_(qs, max_norm)
-                torch.testing.assert_close(mine.grad_norm.float(), norm)
+                torch.testing.assert_close(torch.as_tensor(mine.grad_norm).float(), norm)
             stock.step()
         check_equal(ps, qs)
     assert all(mine.state[p]["step"] == 3 for p in ps)
@@ -346,7 +350,7 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_capturing_a_graph(monkeypatch: pytest.MonkeyPatch, launches: list[Any]) -> None:
     """Addresses go to the device as arguments of a kernel, and what the graph reads stays there."""
-    ps = parameters(shapes=SHAPES + ((3,),) * 40)
+    ps = parameters(shapes=SHAPES + ((3,),) * 30)
     qs = twins(ps)
     mine, stock = ours.AdamW(ps, capturable=True, max_norm=1.0), torch.optim.AdamW(qs, foreach=False)
     for i in range(5):
@@ -365,29 +369,29 @@ def test_capturing_a_graph(monkeypatch: pytest.MonkeyPatch, launches: list[Any])
     assert all(any(x is y for y in mine._memory.captured) for x in kept)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("value", [1.0, -1.0, 3e-6, -0.0])
-def test_stochastic_rounding(dtype: torch.dtype, value: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "value", "distance"),
+    [
+        (torch.bfloat16, 1.0, -(2.0**-8)),
+        (torch.bfloat16, -3.0, 2.0**-6),
+        (torch.float16, 1.5, 2.0**-10),
+        (torch.float16, -1.0, 2.0**-11),
+        (torch.float16, 2.0**-18, 2.0**-24),  # subnormal
+        (torch.float16, 0.0, -(2.0**-24)),
+        (torch.float16, -0.0, 2.0**-24),
+    ],
+)
+def test_stochastic_rounding(dtype: torch.dtype, value: float, distance: float) -> None:
+    """From a value 0.3 of the distance to its neighbour on."""
     n = 4096
-    p = nn.Parameter(torch.full((n,), value, dtype=dtype))
-    start = p.detach().clone()
-    mine = ours.SGD([p], lr=1.0, rounding="stochastic")
-    torch.manual_seed(1)
-    step = 0.3 * 2.0 ** (-7 if dtype == torch.bfloat16 else -10) * max(abs(value), 1e-6)
-    p.grad = torch.full((n,), step, dtype=dtype)
-    exact = start.double() - p.grad.double()
-    mine.step()
-    low, high = p.double().min(), p.double().max()
-    assert low <= exact[0] <= high and len(p.detach().unique()) == 2
-    middle = nn.Parameter(torch.tensor([low, high], dtype=dtype)).detach()
-    assert torch.nextafter(middle[0], middle[1]) == middle[1]  # neighbours
-    chance = (exact[0] - low) / (high - low)
-    share = (p.double() == high).double().mean()
-    assert abs(share - chance) < 5 * (chance * (1 - chance) / n).sqrt()
-    again = nn.Parameter(start.clone())
-    again.grad = p.grad.clone()
-    torch.manual_seed(1)
-    ours.SGD([again], lr=1.0, rounding="stochastic").step()
+    p, again = (nn.Parameter(torch.full((n,), value, dtype=dtype)) for _ in range(2))
+    for x in (p, again):
+        x.grad = torch.full((n,), -math.copysign(1.0, distance), dtype=dtype)
+        torch.manual_seed(1)
+        ours.SGD([x], lr=0.3 * abs(distance), rounding="stochastic").step()
+    moved = p.double() == value + distance
+    assert torch.all(moved | (p.double() == value))
+    assert abs(moved.double().mean() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / n)
     assert torch.equal(p, again)
 
 

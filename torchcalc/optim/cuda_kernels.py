@@ -115,7 +115,7 @@ def update(
     if controlled:
         lines.append(f"coefficient = tl.load(control).to({wide})")
     if stochastic:
-        lines.append("key = seed + tl.load(counter)" if counted else "key = seed")
+        lines.append("key = seed + tl.load(counter) * 4294967296" if counted else "key = seed")
 
     step = _Step(code, elements, {x: elements[x] for x in ("p", *slots)}, type_, BLOCK)
     step.turned = ["g = g * coefficient"] * controlled + ["g = -g"] * maximize
