@@ -29,9 +29,8 @@ def value(x: Term) -> Term:
 
 
 def slope(x: Term) -> Term:
-    cdf = 0.5 * (x * -math.sqrt(0.5)).erfc()
-    pdf = (-0.5 * x * x).exp() * (1 / math.sqrt(2 * math.pi))
-    return cdf + x * pdf  # (1)
+    z = x * -math.sqrt(0.5)
+    return 0.5 * z.erfc() + x * ((-(z * z)).exp() * (1 / math.sqrt(2 * math.pi)))  # (1)
 
 
 def tanh_value(x: Term) -> Term:

@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _is_any_autocast_enabled
-from torch._C import _len_torch_dispatch_stack as _modes
-from torch.autograd import forward_ad
+from torch._C import _is_any_autocast_enabled
 
 from torchcalc.native import pointwise as kernels
 
@@ -25,64 +23,43 @@ if TYPE_CHECKING:
 
 __all__ = ["elementwise", "reduced", "total", "value"]
 
-PLAIN = (Tensor, torch.nn.Parameter)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
-def unobserved() -> bool:
-    """Whether an operation of ours may stand for the operations of the formula."""
-    return not (
-        _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _modes()
-        or _get_tracing_state() is not None
-    )
-
-
 def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The reference with the ways around it."""
-    n = len(formula.inputs)
+    """The reference, with the ways around it."""
+    place: int | None = None
     is_compiling = torch.compiler.is_compiling
+    compute: Any = None
 
-    def one(x: Tensor, *numbers: float) -> Tensor:
-        if not is_compiling() and type(x) in PLAIN and unobserved():
-            if x.is_cpu and (index := kernels.index(formula)) >= 0:
-                y = kernels.elementwise_of_one(index, x, numbers)
-                if y is not None:
-                    return y
-        return reference(x, *numbers)
+    def apply(*args: Any) -> Tensor:
+        nonlocal place, compute
+        if is_compiling():
+            return reference(*args)
+        if place is None:
+            place = kernels.index(formula)
+            compute = kernels.elementwise if place >= 0 else None
+        y = compute(place, *args) if compute is not None else None
+        return reference(*args) if y is None else y
 
-    def several(*args: Any) -> Tensor:
-        if not is_compiling() and unobserved():
-            inputs = args[:n]
-            if all(type(x) in PLAIN and x.is_cpu for x in inputs) and (index := kernels.index(formula)) >= 0:
-                y = kernels.elementwise(index, inputs, args[n:])
-                if y is not None:
-                    return y
-        return reference(*args)
-
-    return one if n == 1 else several
+    return apply
 
 
 def reduced(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Likewise of a loss: (*inputs, weight, reduction, by_weight, *parameters)."""
     n = len(formula.inputs)
+    is_compiling = torch.compiler.is_compiling
 
-    def call(*args: Any) -> Tensor:
-        if not torch.compiler.is_compiling() and unobserved() and args[n + 1] in REDUCTIONS:
-            *inputs, weight, reduction, by_weight = args[: n + 3]
-            numbers = args[n + 3 :]
-            if _is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
-                inputs = [_as_float32(x) for x in inputs]
-                weight = None if weight is None else _as_float32(weight)
-            given = inputs if weight is None else [*inputs, weight]
-            if all(type(x) in PLAIN and x.is_cpu for x in given) and (index := kernels.index(formula)) >= 0:
-                y = kernels.reduced(index, inputs, weight, numbers, REDUCTIONS[reduction], by_weight)
-                if y is not None:
-                    return y
-        return reference(*args)
+    def apply(*args: Any) -> Tensor:
+        if is_compiling() or (how := REDUCTIONS.get(args[n + 1])) is None or (place := kernels.index(formula)) < 0:
+            return reference(*args)
+        inputs = args[: n + 1]
+        if _is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
+            inputs = tuple(x if x is None else _as_float32(x) for x in inputs)
+        y = kernels.reduced(place, *inputs, how, *args[n + 2 :])
+        return reference(*args) if y is None else y
 
-    return call
+    return apply
 
 
 def _as_float32(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The library of autograd nodes, called from Python: a formula's value, with a backward that calls its other kernels.
 
-Each operator returns None for what it does not take: then nothing was computed. See ``csrc/node/node.cpp``.
+Each function returns None for what it does not take: then nothing was computed. See ``csrc/node/node.cpp``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torchcalc import native
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["elementwise", "elementwise_of_one", "index", "reduced"]
+__all__ = ["elementwise", "index", "reduced"]
 
 _indices: dict[str, int] = {}
 _connected: bool | None = None
 
-elementwise_of_one: Any
+#: elementwise(index, *inputs, *numbers), reduced(index, *inputs, weight or None, reduction, by_weight, *numbers)
 elementwise: Any
 reduced: Any
 
@@ -31,31 +31,26 @@ def index(formula: Formula) -> int:
     """The place of the formula's kernels in the library, -1 if there are none of exactly this formula."""
     found = _indices.get(formula.name)
     if found is None:
-        found = _indices[formula.name] = _find(formula) if _connect() else -1
+        found = _indices[formula.name] = _nodes.find(formula.name, formula.hash) if _connect() else -1
     return found
-
-
-def _find(formula: Formula) -> int:
-    place: int = torch.ops.torchcalc_nodes.find.default(formula.name, formula.hash)
-    return place
 
 
 def _connect() -> bool:
     """Give the nodes the table of kernels, and the formulas for backward of backward."""
-    global _connected, elementwise_of_one, elementwise, reduced
+    global _connected, _nodes, elementwise, reduced
     if _connected is None:
-        _connected = native.nodes()
+        _nodes = native.nodes()
+        _connected = _nodes is not None
         if _connected:
             library = ctypes.CDLL(str(native.library()))
             library.torchcalc_table.restype = ctypes.c_void_p
-            ops = torch.ops.torchcalc_nodes
-            ops.connect.default(library.torchcalc_table())
-            elementwise_of_one = ops.elementwise_of_one.default
-            elementwise, reduced = ops.elementwise.default, ops.reduced.default
+            _nodes.connect(library.torchcalc_table())
+            elementwise, reduced = _nodes.elementwise, _nodes.reduced
             _register_second_derivatives()
     return _connected
 
 
+_nodes: Any = None
 _library: Any = None
 
 

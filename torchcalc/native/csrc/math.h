@@ -49,11 +49,14 @@ TC_INLINE float with_sign(float x, float of) { return __builtin_copysignf(x, of)
 TC_INLINE double with_sign(double x, double of) { return __builtin_copysign(x, of); }
 
 // c[0] + c[1]·x + c[2]·x² + ...
-template <bool Fma, class T, int N>
+// By recursion: a loop within the loop over elements would not be vectorised.
+template <bool Fma, int First = 0, class T, int N>
 TC_INLINE T polynomial(T x, const T (&c)[N]) {
-  T sum = c[N - 1];
-  for (int i = N - 2; i >= 0; --i) sum = fma<Fma>(sum, x, c[i]);
-  return sum;
+  if constexpr (First == N - 1) {
+    return c[First];
+  } else {
+    return fma<Fma>(polynomial<Fma, First + 1>(x, c), x, c[First]);
+  }
 }
 
 template <class T>
@@ -241,16 +244,17 @@ TC_INLINE double rounded_off(double a, double s) {
   return ((high * high - s) + 2.0 * high * low) + low * low;
 }
 
-// erfc(a) for a >= 0 or NaN.
+// erfc(a) for a >= 0 or NaN. The exponential is that of −a·a itself: a formula that needs it too shares it.
 template <bool Fma, class T>
 TC_INLINE T erfc_of_positive(T a) {
   using E = Erfc<T>;
-  const T b = a > E::largest ? E::largest : a;  // 0 from there on
-  const T s = b * b;
+  const T s = a * a;
   const T e = exp<Fma>(-s);
-  const T t = (b - E::k) / (b + E::k);
-  const T q = polynomial<Fma>(t, E::c) / fma<Fma>(T(2), b, T(1));
-  return fma<Fma>(-e * rounded_off<Fma>(b, s), q, e * q);  // e⁻ˢ⁻ᵈ = e⁻ˢ·(1 − d)
+  const T up = a + E::k, by = fma<Fma>(T(2), a, T(1));
+  const T inverse = T(1) / (up * by);  // both quotients by one division
+  const T q = polynomial<Fma>((a - E::k) * (by * inverse), E::c) * (up * inverse);
+  const T result = fma<Fma>(-e * rounded_off<Fma>(a, s), q, e * q);  // e⁻ˢ⁻ᵈ = e⁻ˢ·(1 − d)
+  return a > E::largest ? T(0) : result;
 }
 
 template <bool Fma, class T>

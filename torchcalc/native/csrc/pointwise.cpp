@@ -1,6 +1,7 @@
 #include "pointwise.h"
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "number.h"
@@ -70,6 +71,50 @@ BlockKernel<T> function_of(const Kernel& kernel) {
   }
 }
 
+// Half numbers as words of two: all first ones of a block, then all second ones. That halves the shuffles, and changes
+// nothing where every array of a kernel is read so. An odd one is the last of its block.
+template <class Half>
+TC_INLINE void read_pairs_as(const char* from, int64_t n, float* to) {
+  const int64_t pairs = n / 2;
+  TC_INDEPENDENT
+  for (int64_t i = 0; i < pairs; ++i) {
+    uint32_t word;
+    std::memcpy(&word, from + 4 * i, 4);
+    to[i] = widen<Half>(first_upper(word));
+    to[pairs + i] = widen<Half>(second_upper(word));
+  }
+  if (n % 2 != 0) to[n - 1] = load(reinterpret_cast<const Half*>(from)[n - 1]);
+}
+
+template <class Half>
+TC_INLINE void write_pairs_as(const float* from, int64_t n, char* to) {
+  const int64_t pairs = n / 2;
+  const Nearest nearest;
+  TC_INDEPENDENT
+  for (int64_t i = 0; i < pairs; ++i) {
+    // What enters is half numbers and parameters: a NaN needs no care.
+    const uint32_t word = join(
+        nearest.template narrow<Half, Nan::narrow>(from[i]), nearest.template narrow<Half, Nan::narrow>(from[pairs + i]));
+    std::memcpy(to + 4 * i, &word, 4);
+  }
+  if (n % 2 != 0) store(reinterpret_cast<Half*>(to)[n - 1], from[n - 1]);
+}
+
+TC_INLINE void read_pairs(const Operand& o, int64_t begin, int64_t n, float* to) {
+  if (o.stride == 0) return read(o, begin, n, to);
+  const char* const from = o.data + begin * 2;
+  o.number == Number::bfloat16 ? read_pairs_as<BFloat16>(from, n, to) : read_pairs_as<Float16>(from, n, to);
+}
+
+TC_INLINE void write_pairs(const float* from, int64_t begin, int64_t n, const Operand& o) {
+  char* const to = o.data + begin * 2;
+  o.number == Number::bfloat16 ? write_pairs_as<BFloat16>(from, n, to) : write_pairs_as<Float16>(from, n, to);
+}
+
+bool is_half_array(const Operand& o) {
+  return o.stride == 2 && (o.number == Number::bfloat16 || o.number == Number::float16);
+}
+
 struct Job {
   const Kernel* kernel;
   const Operand* in;
@@ -78,6 +123,7 @@ struct Job {
   const Operand* out;
   const Operand* weight;
   const double* parameters;
+  bool pairs;  // every array is one of half numbers, side by side
 };
 
 // The arguments of one block: where they lie if that is T already, else read into a buffer.
@@ -94,7 +140,11 @@ struct Stage {
       } else if (o.number == own_number<T> && o.stride == sizeof(T) && !(k == 0 && job.scale != 1)) {
         in[k] = reinterpret_cast<const T*>(o.data) + begin;
       } else if (!(again && o.stride == 0)) {  // one number for all is there from the block before
-        read(o, begin, n, buffer[k]);
+        if constexpr (sizeof(T) == 4) {
+          job.pairs ? read_pairs(o, begin, n, buffer[k]) : read(o, begin, n, buffer[k]);
+        } else {
+          read(o, begin, n, buffer[k]);
+        }
         if (k == 0 && job.scale != 1) {
           const T scale = static_cast<T>(job.scale);
           for (int64_t i = 0; i < n; ++i) buffer[k][i] = buffer[k][i] * scale;
@@ -124,7 +174,12 @@ struct Elements {
       stage.fill(job, at, n, at != begin && n == block);
       T* const out = direct ? reinterpret_cast<T*>(job.out->data) + at : result;
       function(n, stage.in, out, job.parameters);
-      if (!direct) write(result, at, n, *job.out);
+      if (direct) continue;
+      if constexpr (sizeof(T) == 4) {
+        job.pairs ? write_pairs(result, at, n, *job.out) : write(result, at, n, *job.out);
+      } else {
+        write(result, at, n, *job.out);
+      }
     }
   }
 };
@@ -197,7 +252,9 @@ bool in_double(const Operand* in, int count) {
 void apply(
     const Kernel& kernel, int64_t n, const Operand* in, int count, double scale, const Operand& out,
     const double* parameters, bool serial) {
-  const Job job{&kernel, in, count, scale, &out, nullptr, parameters};
+  bool pairs = is_half_array(out);
+  for (int k = 0; k < count; ++k) pairs = pairs && (in[k].data == nullptr || in[k].stride == 0 || is_half_array(in[k]));
+  const Job job{&kernel, in, count, scale, &out, nullptr, parameters, pairs};
   const auto body = out.number == Number::float64 || in_double(in, count) ? run_elements<double> : run_elements<float>;
   const int64_t grain = kernel.heavy ? 8 * 1024 : 32 * 1024;
   if (serial || n <= grain) return body(job, 0, n);
@@ -248,12 +305,12 @@ double add_up(const Job& job, int64_t n, bool as_double) {
 
 double total(
     const Kernel& kernel, int64_t n, const Operand* in, int count, const Operand* weight, const double* parameters) {
-  const Job job{&kernel, in, count, 1, nullptr, weight, parameters};
+  const Job job{&kernel, in, count, 1, nullptr, weight, parameters, false};
   return add_up(job, n, in_double(in, count));
 }
 
 double sum(int64_t n, const Operand& of) {
-  const Job job{nullptr, &of, 1, 1, nullptr, nullptr, nullptr};
+  const Job job{nullptr, &of, 1, 1, nullptr, nullptr, nullptr, false};
   return add_up(job, n, of.number == Number::float64);
 }
 

@@ -1,19 +1,22 @@
 // Pointwise functions and losses in torch's graph: forward and backward call the kernels of the other library, without
 // Python in between. A Python backward costs 15 to 30 µs, as much as torch's whole call of a small tensor.
 //
-// This file is compiled against torch's ordinary C++ headers, and so for one release of torch; the kernels are not.
+// This file is compiled against torch's and Python's ordinary headers, and so for one release of each; the kernels are not.
 //
-// Each operator returns None, before anything is computed, for tensors that no kernel takes.
+// Each function returns None, before anything is computed, for tensors that no kernel takes.
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/EmptyTensor.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/headeronly/version.h>
 #include <torch/library.h>
 
@@ -99,7 +102,7 @@ Tensor compute(const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarT
     }
   }
   if (together) {
-    Tensor out = at::empty_like(*like, like->options().dtype(dtype));
+    Tensor out = at::detail::empty_strided_cpu(like->sizes(), like->strides(), dtype);
     table->apply(kernel, out.numel(), in, count, 1, flat(out), numbers, false);
     return out;
   }
@@ -251,7 +254,7 @@ struct Backward : public Node {
       if (inputs[k - 1].defined()) in[k] = flat(inputs[k - 1]);
     }
     const Tensor& first = *std::find_if(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.defined(); });
-    Tensor out = at::empty_like(first, first.options().dtype(dtype));
+    Tensor out = at::detail::empty_strided_cpu(first.sizes(), first.strides(), dtype);
     table->apply(kernel, out.numel(), in, count, factor, flat(out), numbers.data(), false);
     return out;
   }
@@ -344,10 +347,6 @@ std::optional<Tensor> elementwise(int64_t place, TensorList inputs, at::ArrayRef
   return out;
 }
 
-std::optional<Tensor> elementwise_of_one(int64_t place, const Tensor& x, at::ArrayRef<double> numbers) {
-  return elementwise(place, x, numbers);
-}
-
 std::optional<Tensor> reduced(
     int64_t place, TensorList inputs, const std::optional<Tensor>& weight, at::ArrayRef<double> numbers, int64_t how,
     bool by_weight) {
@@ -376,7 +375,7 @@ std::optional<Tensor> reduced(
       divisor = weight && by_weight ? table->sum(n, w) : static_cast<double>(n);
       total = total / divisor;
     }
-    out = at::empty({}, inputs[0].options());
+    out = at::detail::empty_cpu({}, dtype);
     if (dtype == at::kFloat) {
       *out.mutable_data_ptr<float>() = static_cast<float>(total);
     } else {
@@ -397,24 +396,112 @@ std::optional<Tensor> reduced(
   return out;
 }
 
-int64_t find(c10::string_view name, c10::string_view hash) {
-  for (int64_t i = 0; i < table->count; ++i) {
-    if (name == table->formulas[i].name && hash == table->formulas[i].hash) return i;
+// Python. What is not taken is None: the caller then runs the formula on tensors.
+
+// The tensors of a call, if they are torch's own type and nothing wants to see the operations of the formula.
+bool read_inputs(PyObject* const* args, Py_ssize_t count, c10::SmallVector<Tensor, max_inputs>& inputs) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!THPVariable_CheckExact(args[i])) return false;
+    const Tensor& x = THPVariable_Unpack(args[i]);
+    if (!is_plain(x) || x._fw_grad(0).defined()) return false;
+    inputs.push_back(x);
   }
-  return -1;
+  return true;
 }
 
-void connect(int64_t address) { table = reinterpret_cast<const torchcalc::Table*>(address); }
+bool is_observed() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+bool read_numbers(PyObject* const* args, Py_ssize_t count, Numbers& numbers) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!PyFloat_Check(args[i]) && !PyLong_Check(args[i])) return false;
+    numbers.push_back(PyFloat_AsDouble(args[i]));
+    if (PyErr_Occurred()) throw python_error();
+  }
+  return true;
+}
+
+PyObject* wrapped(std::optional<Tensor>&& y) {
+  if (!y) Py_RETURN_NONE;
+  return THPVariable_Wrap(*std::move(y));
+}
+
+// elementwise(place, *inputs, *numbers)
+PyObject* py_elementwise(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const int64_t place = PyLong_AsLongLong(args[0]);
+  const int n = table->formulas[place].inputs;
+  c10::SmallVector<Tensor, max_inputs> inputs;
+  Numbers numbers;
+  if (count < 1 + n || is_observed() || !read_inputs(args + 1, n, inputs) ||
+      !read_numbers(args + 1 + n, count - 1 - n, numbers)) {
+    Py_RETURN_NONE;
+  }
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = elementwise(place, inputs, numbers);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// reduced(place, *inputs, weight or None, reduction, by_weight, *numbers)
+PyObject* py_reduced(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const int64_t place = PyLong_AsLongLong(args[0]);
+  const int n = table->formulas[place].inputs;
+  c10::SmallVector<Tensor, max_inputs> inputs, weight;
+  Numbers numbers;
+  if (count < 4 + n || is_observed() || !read_inputs(args + 1, n, inputs) ||
+      !(args[1 + n] == Py_None || read_inputs(args + 1 + n, 1, weight)) ||
+      !read_numbers(args + 4 + n, count - 4 - n, numbers)) {
+    Py_RETURN_NONE;
+  }
+  const int64_t how = PyLong_AsLongLong(args[2 + n]);
+  const bool by_weight = PyObject_IsTrue(args[3 + n]);
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = reduced(place, inputs, weight.empty() ? std::nullopt : std::optional<Tensor>(weight[0]), numbers, how, by_weight);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// find(name, hash) -> place, or -1
+PyObject* py_find(PyObject*, PyObject* args) {
+  const char *name, *hash;
+  if (!PyArg_ParseTuple(args, "ss", &name, &hash)) return nullptr;
+  for (int64_t i = 0; i < table->count; ++i) {
+    if (std::strcmp(name, table->formulas[i].name) == 0 && std::strcmp(hash, table->formulas[i].hash) == 0) {
+      return PyLong_FromLongLong(i);
+    }
+  }
+  return PyLong_FromLong(-1);
+}
+
+// connect(address of the other library's table)
+PyObject* py_connect(PyObject*, PyObject* address) {
+  table = static_cast<const torchcalc::Table*>(PyLong_AsVoidPtr(address));
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"elementwise", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_elementwise)), METH_FASTCALL, nullptr},
+    {"reduced", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_reduced)), METH_FASTCALL, nullptr},
+    {"find", py_find, METH_VARARGS, nullptr},
+    {"connect", py_connect, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "torchcalc_nodes", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit_torchcalc_nodes() { return PyModule_Create(&module); }
+
 TORCH_LIBRARY(torchcalc_nodes, m) {
-  m.def("connect(int address) -> ()", TORCH_FN(connect));
-  m.def("find(str name, str hash) -> int", TORCH_FN(find));
-  m.def("elementwise_of_one(int formula, Tensor input, float[] numbers) -> Tensor?", TORCH_FN(elementwise_of_one));
-  m.def("elementwise(int formula, Tensor[] inputs, float[] numbers) -> Tensor?", TORCH_FN(elementwise));
-  m.def(
-      "reduced(int formula, Tensor[] inputs, Tensor? weight, float[] numbers, int reduction, bool by_weight) -> Tensor?",
-      TORCH_FN(reduced));
   m.def("differentiable_backward(str formula, Tensor grad, Tensor?[] saved, float[] numbers, bool[] needed) -> Tensor[]");
 }
