@@ -4,6 +4,7 @@ import base64
 import csv
 import fnmatch
 import hashlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -570,6 +571,29 @@ def test_a_wheel_holds_the_libraries(project: Path, commands: Path) -> None:
     assert name.startswith("torchcalc-1.0-py3-none-") and not name.endswith("-any.whl")
     assert {f"torchcalc/native/{file}" for file in built()} == {file for file in files if "libtorchcalc" in file}
     assert "torchcalc/native/csrc/adam.cpp" in files
+
+
+def test_torch_is_found_under_build_isolation(project: Path, commands: Path, tmp_path: Path) -> None:
+    """As pip builds: only what the build requires can be imported, and torch lies in this Python's site-packages."""
+    isolated = tmp_path / "isolated"
+    isolated.mkdir()
+    for name in ("hatchling", "packaging", "pathspec", "pluggy", "trove_classifiers"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        (isolated / name).symlink_to(Path(spec.origin).parent)
+    hide = "import site, sys\nsys.path[:] = [path for path in sys.path if path not in site.getsitepackages()]\n"
+    (isolated / "sitecustomize.py").write_text(hide)
+    environment = {**os.environ, "PYTHONPATH": str(isolated), "PYTHONNOUSERSITE": "1"}
+    hidden = subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True, text=True)
+    assert "No module named 'torch'" in hidden.stderr
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "out"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=project, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (path,) = (project / "out").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        files = archive.namelist()
+    assert {f"torchcalc/native/{file}" for file in built()} <= set(files)
+    assert "loops.cpp" in commands.read_text()  # a Python that sees torch has generated it
 
 
 @pytest.mark.slow
