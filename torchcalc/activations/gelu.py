@@ -15,7 +15,6 @@ The maps are elementwise, J = diag(y') = Jᵀ: backward and jvp are the same pro
 import math
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

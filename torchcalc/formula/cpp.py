@@ -75,21 +75,22 @@ def kernel(name: str, arguments: Sequence[str], parameters: Sequence[str], expre
         return f"x_{e.args[0]}" if e.op == "input" else f"p_{e.args[0]}"
 
     code = assignments({"out": expression}, CPP, called)
-    used = {a.name for a in code.uniform if any(_uses(a.name, b.text) for b in code.element)} | set(code.results.values())
+    used = {a.name for a in code.uniform if any(_uses(a.name, b.text) for b in code.element)} | set(
+        code.results.values()
+    )
     body = [
         *(f"const double p_{p} = parameters[{i}];" for i, p in enumerate(parameters) if p in expression.parameters()),
-        *(f"const {'bool' if a.expression.is_condition else 'double'} {a.name}_ = {_uniform(a.text)};" for a in code.uniform),
+        *(
+            f"const {'bool' if a.expression.is_condition else 'double'} {a.name}_ = {_uniform(a.text)};"
+            for a in code.uniform
+        ),
         *(
             f"const {'bool' if a.expression.is_condition else 'T'} {a.name} = "
             f"{a.name + '_' if a.expression.is_condition else f'number<T>({a.name}_)'};"
             for a in code.uniform
             if a.name in used
         ),
-        *(
-            f"const T* const a_{name} = in[{i}];"
-            for i, name in enumerate(arguments)
-            if name in expression.inputs()
-        ),
+        *(f"const T* const a_{name} = in[{i}];" for i, name in enumerate(arguments) if name in expression.inputs()),
         "TC_INDEPENDENT",
         "for (int64_t i = 0; i < n; ++i) {",
         *(f"  const T x_{name} = a_{name}[i];" for name in arguments if name in expression.inputs()),

@@ -282,13 +282,16 @@ def loss(
         y = dispatch.total(formula, inputs, None, reduction, False, numbers)
         if y is not None:
             return y
-        dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs))
+        dtypes = {x.dtype for x in inputs}
+        if torch_value and len(dtypes) > 1:  # torch's own choice of a dtype
+            return torch_value(*inputs, _reduction.get_enum(reduction), *numbers)
         wide = [widen(x) for x in inputs]
         if torch_value:
             y = torch_value(*wide, _reduction.get_enum(reduction), *numbers)
         else:
             y = reduce(formula.on_tensors(*wide, *numbers), reduction)
-        return y.to(dtype.to_real() if not y.is_complex() else dtype)
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        return y.to(dtype if y.is_complex() else dtype.to_real())
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         tensors, ctx.reduction, ctx.numbers = inputs[:n], inputs[n], inputs[n + 1 :]

@@ -62,7 +62,9 @@ def _register_second_derivatives() -> None:
         name: str, g: Tensor, saved: Sequence[Tensor | None], numbers: Sequence[float], needed: Sequence[bool]
     ) -> list[Tensor]:
         formula = FORMULAS[name]
-        known = dict(zip((*formula.inputs, *formula.parameters), (*saved[:-1], *numbers), strict=True)) | {"y": saved[-1]}
+        known = dict(zip((*formula.inputs, *formula.parameters), (*saved[:-1], *numbers), strict=True)) | {
+            "y": saved[-1]
+        }
         return [grad for grad in gradients(formula, g, known, needed) if grad is not None]
 
     _library = torch.library.Library("torchcalc_nodes", "FRAGMENT")
