@@ -70,6 +70,11 @@ class Recording:
         lines += [f"{name} {places[e]}" for name, e in self.outputs.items()]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
+    @property
+    def number(self) -> int:
+        """The hash as a signed integer of 64 bits."""
+        return int.from_bytes(bytes.fromhex(self.hash), signed=True)
+
 
 def is_number(x: Any) -> bool:
     """Whether an argument of a rule is a parameter of its kernel; flags and None are not."""

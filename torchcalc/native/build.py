@@ -129,9 +129,14 @@ def _compile(target: Path, sanitize: bool) -> None:
     cxx, torch = compiler(), torch_directory()
     flags = [*_FLAGS, *(_SANITIZERS if sanitize else [])]
     define = f'-DTORCHCALC_SOURCE_HASH="{source_hash()}"'
-    include = ["-isystem", str(torch / "include")]
+    include = ["-isystem", str(torch / "include"), "-I", str(SOURCES)]
     with tempfile.TemporaryDirectory(prefix="torchcalc-build-") as directory:
-        objects = {path: Path(directory, path.stem + ".o") for path in sorted(SOURCES.glob("*.cpp"))}
+        code = "import sys, pathlib; from torchcalc.formula.generate import sources\n" + (
+            "for name, text in sources().items(): pathlib.Path(sys.argv[1], name).write_text(text)"
+        )
+        subprocess.run([sys.executable, "-c", code, directory], check=True, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent.parent)})
+        files = [*Path(directory).glob("*.cpp"), *SOURCES.glob("*.cpp")]
+        objects = {path: Path(directory, path.stem + ".o") for path in sorted(files)}
         jobs = [[*cxx, *flags, define, *include, "-c", str(path), "-o", str(to)] for path, to in objects.items()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, jobs))

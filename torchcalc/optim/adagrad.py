@@ -78,6 +78,7 @@ class Adagrad(Optimizer):
     """
 
     rule = staticmethod(adagrad)
+    variants = {"weight_decay": (0, 0.1)}
     sparse_rule = staticmethod(adagrad_sparse)
 
     def __init__(

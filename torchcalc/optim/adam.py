@@ -104,6 +104,7 @@ class Adam(Optimizer):
     """
 
     rule = staticmethod(adam)
+    variants = {"weight_decay": (0, 0.1), "amsgrad": (False, True)}
     sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
     def __init__(

@@ -85,6 +85,7 @@ class NAdam(Optimizer):
     """
 
     rule = staticmethod(nadam)
+    variants = {"weight_decay": (0, 0.1), "decoupled_weight_decay": (False, True)}
     sparse_error = "NAdam does not support sparse gradients"
     on_device = "params, mu_products and state_steps"
 

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ from torchcalc.optim.extras import (
     global_norm,
     round_stochastically_,
 )
+from torchcalc.optim import kernel
 from torchcalc.optim.native import DONE, Plan, is_wanted
 from torchcalc.optim.tensor_list import Recorded, TensorList
 
@@ -86,7 +88,10 @@ class Optimizer(torch.optim.Optimizer):
     counts_steps: ClassVar[bool] = True
     #: What capturable=True keeps on the device, in torch's words.
     on_device: ClassVar[str] = "params and state_steps"
-    #: The kernel of the rule: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
+    #: Options that change the formula, with a value for each way that the rule goes: every combination has a kernel, which is made
+    #: from the rule when the kernels are built.
+    variants: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    #: A kernel written by hand instead: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
     native: Callable[..., int] | None = None
 
     #: ‖g‖ over all parameters at the last step, before clipping; needs max_norm or skip_nonfinite.
@@ -270,7 +275,7 @@ class Optimizer(torch.optim.Optimizer):
             params = [p for p, g in zip(params, found, strict=True) if g is not None]
         if not grads:
             return lambda scaling: None
-        if self.native is None or not is_wanted(group):
+        if not is_wanted(group) or (self.native is None and not kernel.may_have_kernel(self, group)):
             entries = self._entries(group, params)
             return lambda scaling: self._step_group(group, entries, scaling)
 
@@ -286,15 +291,21 @@ class Optimizer(torch.optim.Optimizer):
             first = [i for i, place in enumerate(plan.places) if made[place].first]
 
         def run(scaling: Scaling) -> None:
-            assert self.native is not None
             rest: Sequence[int] = plan.rest
             kernel_grads = [grads[i] for i in plan.places] if rest else grads
-            if kernel_grads and self.native(plan.bound, kernel_grads, group, first, scaling) != DONE:
-                self._plans.pop(key, None)  # a tensor has moved, or a gradient has other strides
-                rest = range(len(params))
+            advanced: dict[int, dict[str, Any]] = {}  # what advance has returned, where it was called
+            if kernel_grads:
+                if self.native is not None:
+                    status = self.native(plan.bound, kernel_grads, group, first, scaling)
+                else:
+                    status, owns = kernel.step(self, plan.bound, plan.kernel_states, kernel_grads, group, first, scaling)
+                    advanced = dict(zip(plan.places, owns, strict=True)) if owns else {}
+                if status != DONE:
+                    self._plans.pop(key, None)  # a tensor has moved, or a gradient has other strides
+                    rest = range(len(params))
             if rest:
                 entries = made or self._entries(group, params)
-                self._step_group(group, [entries[i] for i in rest], scaling)
+                self._step_group(group, [entries[i] for i in rest], scaling, [advanced.get(i) for i in rest])
 
         return run
 
@@ -320,14 +331,21 @@ class Optimizer(torch.optim.Optimizer):
             entries.append(Entry(p, g, [state[key] for key in keys], state, first=bool(missing)))
         return entries
 
-    def _step_group(self, group: dict[str, Any], entries: list[Entry], scaling: Scaling) -> None:
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        entries: list[Entry],
+        scaling: Scaling,
+        advanced: Iterable[dict[str, Any] | None] = itertools.repeat(None),
+    ) -> None:
+        """By the rule. advanced: what advance has returned for those entries where it was called already."""
         hyper = self.hyper(group)
         hyper["lr"] = live(to_scalar(hyper["lr"]))
         as_lists = goes_foreach(group, entries)
         buckets: dict[Any, list[tuple[list[Tensor], dict[str, Any]]]] = {}
         sharded: list[Tensor] = []
-        for e in entries:
-            scalars = self.advance(e.state, group, hyper, e.first)
+        for e, own in zip(entries, advanced, strict=False):
+            scalars = self.advance(e.state, group, hyper, e.first) if own is None else own
             if group["differentiable"]:
                 self._step_recorded(group, e, {**hyper, **scalars})
                 continue

@@ -96,6 +96,7 @@ class RMSprop(Optimizer):
     """
 
     rule = staticmethod(rmsprop)
+    variants = {"weight_decay": (0, 0.1), "momentum": (0, 0.9), "centered": (False, True)}
     sparse_error = "RMSprop does not support sparse gradients"
 
     def __init__(

@@ -31,6 +31,8 @@ struct Item {
   double step_size;         // Adam: lr/(1 − β₁ᵗ)
   double root_correction;   // Adam: √(1 − β₂ᵗ)
   double first;             // SGD: 1 if the momentum buffer holds nothing yet
+  int slots;                // of a recorded rule
+  const double* uniforms;   // of a recorded rule: its numbers that are the same for all elements
 };
 
 // Parameters with their optimizer state: slot after slot in `state`, e.g. all exp_avg, then all exp_avg_sq.

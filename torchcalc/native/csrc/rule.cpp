@@ -1,0 +1,214 @@
+// The step of any rule: looks up the kernel that was made from its recording, and runs it over all tensors at once.
+//
+// Elements of half type are computed in float, block by block in the processor's first cache, and rounded once.
+#include "rule.h"
+
+#include <unordered_map>
+
+namespace torchcalc {
+namespace {
+
+std::unordered_map<int64_t, Rule>& rules() {
+  static std::unordered_map<int64_t, Rule> the;  // filled while the library is loaded, and never written to again
+  return the;
+}
+
+struct RuleHyper : StepHyper {
+  Rule::Loop<float> loop_float;
+  Rule::Loop<double> loop_double;
+};
+
+// Half numbers in memory, and their block of floats.
+struct Conversion {
+  void* half;
+  float* wide;
+  int64_t index;  // of the tensor, for random bits
+};
+
+template <class Half>
+struct Widen {
+  using Item = Conversion;
+  using Hyper = StepHyper;
+  template <bool Fma>
+  static TC_INLINE void run(const Item& x, const Hyper&, int64_t begin, int64_t end) {
+    const Half* const half = static_cast<const Half*>(x.half) + begin;
+    float* const wide = x.wide;
+    TC_INDEPENDENT
+    for (int64_t i = 0; i < end - begin; ++i) wide[i] = load(half[i]);
+  }
+};
+
+template <class Half, Nan N>
+struct Narrow {
+  using Item = Conversion;
+  using Hyper = StepHyper;
+  template <bool Fma>
+  static TC_INLINE void run(const Item& x, const Hyper&, int64_t begin, int64_t end) {
+    Half* const half = static_cast<Half*>(x.half) + begin;
+    const float* const wide = x.wide;
+    TC_INDEPENDENT
+    for (int64_t i = 0; i < end - begin; ++i)
+      half[i].bits = static_cast<uint16_t>(Nearest{}.template narrow<Half, N>(wide[i]));
+  }
+};
+
+template <class Half>
+struct NarrowRandomly {
+  using Item = Conversion;
+  using Hyper = StepHyper;
+  template <bool Fma>
+  static TC_INLINE void run(const Item& x, const Hyper& h, int64_t begin, int64_t end) {
+    for (int64_t from = begin; from < end; from += unit) {
+      const Draws<Half> draws(h.seed, x.index, from);
+      Random random[unit];
+      for (int64_t i = 0; i < unit / 2; ++i) {
+        random[2 * i] = draws.first_of(i);
+        random[2 * i + 1] = draws.second_of(i);
+      }
+      Half* const half = static_cast<Half*>(x.half) + from;
+      const float* const wide = x.wide + (from - begin);
+      const int64_t n = end - from < unit ? end - from : unit;
+      TC_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) half[i].bits = static_cast<uint16_t>(random[i].template narrow<Half>(wide[i]));
+    }
+  }
+};
+
+using Kernel = void (*)(const Item&, const RuleHyper&, int64_t, int64_t);
+
+template <class T>
+void whole(const Item& item, const RuleHyper& h, int64_t begin, int64_t end) {
+  RuleSlice<T> x{
+      reinterpret_cast<T*>(item.param), reinterpret_cast<const T*>(item.grad), {}, item.uniforms, number<T>(h.factor)};
+  for (int k = 0; k < item.slots; ++k) x.s[k] = reinterpret_cast<T*>(item.slot[k]);
+  if constexpr (std::is_same_v<T, float>) {
+    h.loop_float(x, h, begin, end);
+  } else {
+    h.loop_double(x, h, begin, end);
+  }
+}
+
+inline constexpr int64_t block = 4 * unit;
+
+template <class P, class S, bool Stochastic>
+void in_blocks(const Item& item, const RuleHyper& h, int64_t begin, int64_t end) {
+  constexpr bool wide_slots = std::is_same_v<S, float>;
+  static const auto widen = variant<Widen<P>>();
+  static const auto narrow = variant<Narrow<P, wide_slots ? Nan::any : Nan::narrow>>();
+  static const auto narrow_parameter = Stochastic ? variant<NarrowRandomly<P>>() : narrow;
+
+  alignas(64) float p[block], g[block], s[max_slots][block];
+  RuleSlice<float> x{p, g, {}, item.uniforms, number<float>(h.factor)};
+  for (; begin < end; begin += block) {
+    const int64_t stop = end - begin < block ? end : begin + block;
+    widen({item.param, p, 0}, h, begin, stop);
+    widen({const_cast<char*>(item.grad), g, 0}, h, begin, stop);
+    for (int k = 0; k < item.slots; ++k) {
+      x.s[k] = wide_slots ? reinterpret_cast<float*>(item.slot[k]) + begin : s[k];
+      if (!wide_slots) widen({item.slot[k], s[k], 0}, h, begin, stop);
+    }
+    h.loop_float(x, h, 0, stop - begin);
+    narrow_parameter({item.param, p, item.index}, h, begin, stop);
+    for (int k = 0; k < item.slots && !wide_slots; ++k) narrow({item.slot[k], s[k], 0}, h, begin, stop);
+  }
+}
+
+bool choose(const Item& item, bool stochastic, Kernel& kernel) {
+  return with_types(item.dtype, item.slot_dtype, [&](auto p, auto s) {
+    using P = decltype(p);
+    using S = decltype(s);
+    if constexpr (is_half<P>) {
+      kernel = stochastic ? in_blocks<P, S, true> : in_blocks<P, S, false>;
+    } else {
+      kernel = whole<P>;
+    }
+  });
+}
+
+// A tensor's parameters are its step count, if we count; its scalars; and the numbers that all tensors share.
+struct RuleNumbers {
+  bool counts;
+  std::vector<double> scalars, shared;
+};
+
+Status step(
+    Group& group, const TensorList& grads, const Rule& rule, const RuleNumbers& numbers, bool maximize,
+    const StepOptions& options) {
+  const std::lock_guard<std::mutex> lock(group.mutex);
+  if (group.size() == 0) return done;
+  const size_t count = static_cast<size_t>(group.size()), own = numbers.scalars.size() / count;
+  const size_t parameters = numbers.counts + own + numbers.shared.size();
+  if (group.slots() != rule.slots || rule.slots > max_slots || own * count != numbers.scalars.size() ||
+      parameters != static_cast<size_t>(rule.parameters) || (numbers.counts && !group.has_steps()))
+    return unsupported;
+
+  RuleHyper hyper;
+  const Status status = options.prepare(maximize, hyper);
+  if (status != done) return status;
+  hyper.loop_float = rule.loop_float();
+  hyper.loop_double = rule.loop_double();
+
+  std::vector<Item> items;
+  if (!group.items(grads, rule.slots, items)) return unsupported;
+  std::vector<Kernel> kernels(count);
+  for (size_t i = 0; i < count; ++i) {
+    if (!choose(items[i], options.seed.has_value(), kernels[i])) return unsupported;
+  }
+
+  // From here on things change.
+  std::vector<double> uniforms(count * static_cast<size_t>(rule.uniforms) + 1), a(parameters), last;
+  Dtype last_dtype = Dtype::float32;
+  for (size_t i = 0; i < count; ++i) {
+    Item& item = items[i];
+    auto next = a.begin();
+    if (numbers.counts) {
+      item.step.set(item.step.get() + 1);
+      *next++ = item.step.get();
+    }
+    for (size_t k = 0; k < own; ++k) *next++ = numbers.scalars[i * own + k];
+    for (double x : numbers.shared) *next++ = x;
+    double* const u = uniforms.data() + i * static_cast<size_t>(rule.uniforms);
+    if (i > 0 && a == last && item.dtype == last_dtype) {
+      item.uniforms = items[i - 1].uniforms;
+    } else {
+      (item.dtype == Dtype::float64 ? rule.uniform_double : rule.uniform_float)(a.data(), u);
+      item.uniforms = u;
+      last = a;
+      last_dtype = item.dtype;
+    }
+    item.slots = rule.slots;
+  }
+  run_all(items, kernels, hyper, 24 * 1024);
+  return done;
+}
+
+int64_t rule_bound_(
+    int64_t handle, TensorList grads, int64_t hash, bool counts, std::vector<double> scalars, std::vector<double> shared,
+    bool maximize, double grad_coef, std::optional<Tensor> grad_scale, std::optional<int64_t> seed) {
+  const std::shared_ptr<Group> group = bound(handle);
+  const auto found = rules().find(hash);
+  if (!group || found == rules().end()) return unsupported;
+  return step(
+      *group, grads, found->second, {counts, std::move(scalars), std::move(shared)}, maximize,
+      {grad_coef, grad_scale, std::nullopt, seed});
+}
+
+bool has_rule(int64_t hash) { return rules().count(hash) != 0; }
+
+}  // namespace
+
+void add_rule(int64_t hash, const Rule& rule) { rules().emplace(hash, rule); }
+
+}  // namespace torchcalc
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torchcalc, m) {
+  m.def(
+      "rule_bound_(int handle, Tensor[] grads, int hash, bool counts, float[] scalars, float[] shared, bool maximize, "
+      "float grad_coef, Tensor? grad_scale, int? seed) -> int");
+  m.def("has_rule(int hash) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torchcalc, CompositeExplicitAutograd, m) {
+  m.impl("rule_bound_", TC_BOX(torchcalc::rule_bound_));
+  m.impl("has_rule", TC_BOX(torchcalc::has_rule));
+}
