@@ -40,7 +40,9 @@ def rule_struct(recording: Recording) -> str:
         for n in recording.inputs
         if n in used or n in written
     ]
-    loads = [f"const T {_input(n)} = {_input(n)}_at[i]{' * factor' * (n == 'g')};" for n in recording.inputs if n in used]
+    loads = [
+        f"const T {_input(n)} = {_input(n)}_at[i]{' * factor' * (n == 'g')};" for n in recording.inputs if n in used
+    ]
     body = [f"const auto {a.name} = {a.text};" for a in code.element]
     stores = [f"{_input(n)}_at[i] = {result};" for n, result in written.items()]
     return f"""\

@@ -134,7 +134,11 @@ def _compile(target: Path, sanitize: bool) -> None:
         code = "import sys, pathlib; from torchcalc.formula.generate import sources\n" + (
             "for name, text in sources().items(): pathlib.Path(sys.argv[1], name).write_text(text)"
         )
-        subprocess.run([sys.executable, "-c", code, directory], check=True, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent.parent)})
+        subprocess.run(
+            [sys.executable, "-c", code, directory],
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(PACKAGE.parent.parent)},
+        )
         files = [*Path(directory).glob("*.cpp"), *SOURCES.glob("*.cpp")]
         objects = {path: Path(directory, path.stem + ".o") for path in sorted(files)}
         jobs = [[*cxx, *flags, define, *include, "-c", str(path), "-o", str(to)] for path, to in objects.items()]

@@ -11,8 +11,9 @@ A kernel takes the rule's numbers in this order: what :meth:`Optimizer.advance` 
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ __all__ = ["all_recordings", "may_have_kernel", "recordings", "step"]
 
 Key = tuple[Any, ...]
 
-_hashes: dict[Key, int | None] = {}  # by all that a rule may branch on; None where the library has no such kernel
+_found: dict[Key, int | None] = {}  # by all that a rule may branch on; None where the library has no such kernel
 _without: set[Key] = set()  # optimizers' rules and options that have no kernel
 
 
@@ -49,66 +50,73 @@ def step(
         where the status is not `DONE` the rule goes on with it.
     """
     hyper = optimizer.hyper(group)
-    counts = kernel_counts(optimizer)
-    owns = None
+    slots = tuple(optimizer.slots(group))
+    counts, owns, scalars = kernel_counts(type(optimizer)), None, []
     if counts:
         own: dict[str, Any] = {"t": 1.0} if optimizer.counts_steps else {}
     else:
         new = set(first)
         owns = [optimizer.advance(state, group, hyper, i in new) for i, state in enumerate(states)]
         own = owns[0]
-        flags = [name for name, x in own.items() if not is_number(x)]
-        if any(other[name] != own[name] for other in owns for name in flags):
-            return UNSUPPORTED, owns  # they go different ways through the rule
-    slots = tuple(optimizer.slots(group))
-    shared = {name: x for name, x in hyper.items() if name not in own}
-    hash = find(optimizer.rule, slots, {**own, **shared})
-    if hash is None:
-        _without.add(key_of(optimizer.rule, slots, hyper))
+        for other in owns:
+            scalars += _numbers(other)
+            if len(own) != len(other) or _way(own) != _way(other):
+                return UNSUPPORTED, owns  # they go different ways through the rule
+        hyper = {name: x for name, x in hyper.items() if name not in own}
+    number = find(optimizer.rule, slots, own, hyper)
+    if number is None:
+        _without.add((optimizer.rule, slots, *_way(optimizer.hyper(group))))
         return UNSUPPORTED, owns
-    numbers = [float(x) for x in shared.values() if is_number(x)]
-    scalars = [float(x) for own in owns for x in own.values() if is_number(x)] if owns else []
-    return bound.rule_(
+    status = bound.rule_(
         grads,
-        hash=hash,
+        hash=number,
         counts=counts and optimizer.counts_steps,
         scalars=scalars,
-        shared=numbers,
+        shared=_numbers(hyper),
         maximize=group["maximize"],
         grad_coef=float(scaling.coefficient),
         grad_scale=scaling.grad_scale,
         seed=scaling.seed,
-    ), owns
+    )
+    return status, owns
 
 
-def kernel_counts(optimizer: Optimizer) -> bool:
+@functools.cache
+def kernel_counts(optimizer_class: type[Optimizer]) -> bool:
     """Whether nothing differs between tensors but their step count."""
     from torchcalc.optim.optimizer import Optimizer
 
-    return type(optimizer).advance is Optimizer.advance
+    return optimizer_class.advance is Optimizer.advance
 
 
 def may_have_kernel(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Whether it is not known by now that the rule has no kernel for these options."""
-    return not _without or key_of(optimizer.rule, tuple(optimizer.slots(group)), optimizer.hyper(group)) not in _without
+    if not _without:
+        return True
+    return (optimizer.rule, tuple(optimizer.slots(group)), *_way(optimizer.hyper(group))) not in _without
 
 
-def key_of(rule: Callable[..., None], slots: tuple[str, ...], arguments: Mapping[str, Any]) -> Key:
-    return (rule, slots, *((name, bool(x != 0) if is_number(x) else (x,)) for name, x in arguments.items()))
-
-
-def find(rule: Callable[..., None], slots: tuple[str, ...], arguments: Mapping[str, Any]) -> int | None:
-    """The hash of the kernel that computes what the rule does with these arguments."""
-    key = key_of(rule, slots, arguments)
-    if key not in _hashes:
-        _hashes[key] = None
+def find(rule: Callable[..., None], slots: tuple[str, ...], own: dict[str, Any], shared: dict[str, Any]) -> int | None:
+    """The number of the kernel that computes what the rule does with these arguments."""
+    key = (rule, slots, *own, *shared, *_way(own), *_way(shared))
+    if key not in _found:
+        _found[key] = None
         try:
-            number = record(rule, slots, arguments).number
+            number = record(rule, slots, {**own, **shared}).number
         except Exception:  # whatever a rule does that cannot be recorded: it runs as it is
             return None
         if torch.ops.torchcalc.has_rule.default(number):
-            _hashes[key] = number
-    return _hashes[key]
+            _found[key] = number
+    return _found[key]
+
+
+def _way(arguments: dict[str, Any]) -> list[Any]:
+    """All that decides how a rule goes: flags, and which numbers are zero."""
+    return [(x != 0.0) if type(x) is float else bool(x != 0) if is_number(x) else (x,) for x in arguments.values()]
+
+
+def _numbers(arguments: dict[str, Any]) -> list[float]:
+    return [x if type(x) is float else float(x) for x in arguments.values() if type(x) is float or is_number(x)]
 
 
 # At build.

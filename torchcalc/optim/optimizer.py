@@ -298,7 +298,9 @@ class Optimizer(torch.optim.Optimizer):
                 if self.native is not None:
                     status = self.native(plan.bound, kernel_grads, group, first, scaling)
                 else:
-                    status, owns = kernel.step(self, plan.bound, plan.kernel_states, kernel_grads, group, first, scaling)
+                    status, owns = kernel.step(
+                        self, plan.bound, plan.kernel_states, kernel_grads, group, first, scaling
+                    )
                     advanced = dict(zip(plan.places, owns, strict=True)) if owns else {}
                 if status != DONE:
                     self._plans.pop(key, None)  # a tensor has moved, or a gradient has other strides

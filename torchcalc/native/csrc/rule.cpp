@@ -5,6 +5,8 @@
 
 #include <unordered_map>
 
+#include "optim.h"
+
 namespace torchcalc {
 namespace {
 
@@ -18,14 +20,19 @@ struct RuleHyper : StepHyper {
   Rule::Loop<double> loop_double;
 };
 
-// Half numbers in memory, and their block of floats.
+// Half numbers in memory, and their block of floats. Where everything is half, a block holds first the even places and then
+// the odd ones: two neighbours come and go as one word, without a shuffle, and a rule does not care for the order.
 struct Conversion {
   void* half;
   float* wide;
   int64_t index;  // of the tensor, for random bits
 };
 
-template <class Half>
+enum class Order { as_stored, even_odd };
+
+inline constexpr int64_t block = 4 * unit;
+
+template <class Half, Order O>
 struct Widen {
   using Item = Conversion;
   using Hyper = StepHyper;
@@ -33,43 +40,62 @@ struct Widen {
   static TC_INLINE void run(const Item& x, const Hyper&, int64_t begin, int64_t end) {
     const Half* const half = static_cast<const Half*>(x.half) + begin;
     float* const wide = x.wide;
-    TC_INDEPENDENT
-    for (int64_t i = 0; i < end - begin; ++i) wide[i] = load(half[i]);
+    const int64_t n = end - begin;
+    if constexpr (O == Order::as_stored) {
+      TC_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) wide[i] = load(half[i]);
+    } else {
+      const int64_t whole = n / 2, odd = n - whole;  // where the odd places begin
+      TC_INDEPENDENT
+      for (int64_t i = 0; i < whole; ++i) {
+        uint32_t word;
+        std::memcpy(&word, half + 2 * i, 4);
+        wide[i] = widen<Half>(first_upper(word));
+        wide[odd + i] = widen<Half>(second_upper(word));
+      }
+      if (odd > whole) wide[whole] = load(half[n - 1]);
+    }
   }
 };
 
-template <class Half, Nan N>
-struct Narrow {
-  using Item = Conversion;
-  using Hyper = StepHyper;
-  template <bool Fma>
-  static TC_INLINE void run(const Item& x, const Hyper&, int64_t begin, int64_t end) {
-    Half* const half = static_cast<Half*>(x.half) + begin;
-    const float* const wide = x.wide;
-    TC_INDEPENDENT
-    for (int64_t i = 0; i < end - begin; ++i)
-      half[i].bits = static_cast<uint16_t>(Nearest{}.template narrow<Half, N>(wide[i]));
-  }
+struct ToNearest {
+  TC_INLINE ToNearest(const StepHyper&, int64_t, int64_t) {}
+  TC_INLINE Nearest first_of(int64_t) const { return {}; }
+  TC_INLINE Nearest second_of(int64_t) const { return {}; }
 };
 
 template <class Half>
-struct NarrowRandomly {
+struct AtRandom : Draws<Half> {
+  TC_INLINE AtRandom(const StepHyper& h, int64_t index, int64_t begin) : Draws<Half>(h.seed, index, begin) {}
+};
+
+template <class Half, Order O, Nan N, class Rounding>
+struct Narrow {
   using Item = Conversion;
   using Hyper = StepHyper;
+
+  static TC_INLINE uint32_t join_pair(float a, float b, const Rounding& rounding, int64_t pair) {
+    return join(
+        rounding.first_of(pair).template narrow<Half, N>(a), rounding.second_of(pair).template narrow<Half, N>(b));
+  }
+
   template <bool Fma>
   static TC_INLINE void run(const Item& x, const Hyper& h, int64_t begin, int64_t end) {
-    for (int64_t from = begin; from < end; from += unit) {
-      const Draws<Half> draws(h.seed, x.index, from);
-      Random random[unit];
-      for (int64_t i = 0; i < unit / 2; ++i) {
-        random[2 * i] = draws.first_of(i);
-        random[2 * i + 1] = draws.second_of(i);
-      }
-      Half* const half = static_cast<Half*>(x.half) + from;
-      const float* const wide = x.wide + (from - begin);
-      const int64_t n = end - from < unit ? end - from : unit;
+    const int64_t n = end - begin, even = O == Order::even_odd ? n - n / 2 : 0;
+    for (int64_t from = 0; from < n; from += unit) {
+      const Rounding rounding(h, x.index, begin + from);
+      Half* const half = static_cast<Half*>(x.half) + begin + from;
+      const int64_t m = n - from < unit ? n - from : unit;
+      const float* const first = O == Order::even_odd ? x.wide + from / 2 : x.wide + from;
+      const float* const second = O == Order::even_odd ? x.wide + even + from / 2 : x.wide + from + 1;
+      constexpr int64_t stride = O == Order::even_odd ? 1 : 2;
       TC_INDEPENDENT
-      for (int64_t i = 0; i < n; ++i) half[i].bits = static_cast<uint16_t>(random[i].template narrow<Half>(wide[i]));
+      for (int64_t i = 0; i < m / 2; ++i) {
+        const uint32_t word = join_pair(first[stride * i], second[stride * i], rounding, i);
+        std::memcpy(half + 2 * i, &word, 4);
+      }
+      if (m % 2 != 0)
+        half[m - 1].bits = static_cast<uint16_t>(rounding.first_of(m / 2).template narrow<Half, N>(first[stride * (m / 2)]));
     }
   }
 };
@@ -88,14 +114,14 @@ void whole(const Item& item, const RuleHyper& h, int64_t begin, int64_t end) {
   }
 }
 
-inline constexpr int64_t block = 4 * unit;
-
 template <class P, class S, bool Stochastic>
 void in_blocks(const Item& item, const RuleHyper& h, int64_t begin, int64_t end) {
   constexpr bool wide_slots = std::is_same_v<S, float>;
-  static const auto widen = variant<Widen<P>>();
-  static const auto narrow = variant<Narrow<P, wide_slots ? Nan::any : Nan::narrow>>();
-  static const auto narrow_parameter = Stochastic ? variant<NarrowRandomly<P>>() : narrow;
+  constexpr Order order = wide_slots ? Order::as_stored : Order::even_odd;
+  constexpr Nan nan = wide_slots ? Nan::any : Nan::narrow;
+  static const auto widen = variant<Widen<P, order>>();
+  static const auto narrow = variant<Narrow<P, order, nan, ToNearest>>();
+  static const auto narrow_parameter = Stochastic ? variant<Narrow<P, order, nan, AtRandom<P>>>() : narrow;
 
   alignas(64) float p[block], g[block], s[max_slots][block];
   RuleSlice<float> x{p, g, {}, item.uniforms, number<float>(h.factor)};

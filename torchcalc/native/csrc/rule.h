@@ -9,12 +9,15 @@
 //     template <bool Fma, class T>                           // one loop over [begin, end)
 //     static TC_INLINE void run(const RuleSlice<T>& x, int64_t begin, int64_t end);
 //
-// and is compiled for float and double alone: half numbers are converted in blocks, outside of it.
+// and is compiled for float and double alone: half numbers are converted in blocks, outside of it. Nothing of torch is included
+// here: its headers would take longer to compile than the loops.
 #pragma once
 
 #include <cmath>
 
-#include "optim.h"
+#include "isa.h"
+#include "number.h"
+#include "step.h"
 
 namespace torchcalc {
 
