@@ -11,7 +11,6 @@ A kernel takes the rule's numbers in this order: what :meth:`Optimizer.advance` 
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,8 +41,12 @@ def step(
     group: dict[str, Any],
     first: Sequence[int],
     scaling: Scaling,
+    counts: bool,
 ) -> tuple[int, list[dict[str, Any]] | None]:
     """One step of all tensors at once.
+
+    Args:
+        counts: nothing differs between tensors but their step count, which the kernel raises.
 
     Returns:
         The status, as in :mod:`torchcalc.native.optim`; and what ``advance`` has returned for each tensor, if it was called:
@@ -51,7 +54,7 @@ def step(
     """
     hyper = optimizer.hyper(group)
     slots = tuple(optimizer.slots(group))
-    counts, owns, scalars = kernel_counts(type(optimizer)), None, []
+    owns, scalars = None, []
     if counts:
         own: dict[str, Any] = {"t": 1.0} if optimizer.counts_steps else {}
     else:
@@ -79,14 +82,6 @@ def step(
         seed=scaling.seed,
     )
     return status, owns
-
-
-@functools.cache
-def kernel_counts(optimizer_class: type[Optimizer]) -> bool:
-    """Whether nothing differs between tensors but their step count."""
-    from torchcalc.optim.optimizer import Optimizer
-
-    return optimizer_class.advance is Optimizer.advance
 
 
 def may_have_kernel(optimizer: Optimizer, group: dict[str, Any]) -> bool:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from torchcalc.optim import kernel
 from torchcalc.optim.checkpoint import load_state_dict
 from torchcalc.optim.checks import warn_of_misspelling
 from torchcalc.optim.extras import (
@@ -45,7 +46,6 @@ from torchcalc.optim.extras import (
     global_norm,
     round_stochastically_,
 )
-from torchcalc.optim import kernel
 from torchcalc.optim.native import DONE, Plan, is_wanted
 from torchcalc.optim.tensor_list import Recorded, TensorList
 
@@ -53,6 +53,8 @@ __all__ = ["Optimizer", "ParamsT"]
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
+HALVES = (torch.bfloat16, torch.float16)
+MOST_WIDENED = 2**24  # elements of half type that are computed in float32 together, as lists
 MOST_PLANS = 8  # remembered for each group, where the parameters that have a gradient change from step to step
 
 
@@ -88,8 +90,8 @@ class Optimizer(torch.optim.Optimizer):
     counts_steps: ClassVar[bool] = True
     #: What capturable=True keeps on the device, in torch's words.
     on_device: ClassVar[str] = "params and state_steps"
-    #: Options that change the formula, with a value for each way that the rule goes: every combination has a kernel, which is made
-    #: from the rule when the kernels are built.
+    #: Options that change the formula, with a value for each way that the rule goes: every combination has a kernel, made
+    #: from the rule when the kernels are built; see :mod:`torchcalc.optim.kernel`.
     variants: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     #: A kernel written by hand instead: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
     native: Callable[..., int] | None = None
@@ -298,8 +300,9 @@ class Optimizer(torch.optim.Optimizer):
                 if self.native is not None:
                     status = self.native(plan.bound, kernel_grads, group, first, scaling)
                 else:
+                    counts = type(self).advance is Optimizer.advance
                     status, owns = kernel.step(
-                        self, plan.bound, plan.kernel_states, kernel_grads, group, first, scaling
+                        self, plan.bound, plan.kernel_states, kernel_grads, group, first, scaling, counts
                     )
                     advanced = dict(zip(plan.places, owns, strict=True)) if owns else {}
                 if status != DONE:
@@ -346,6 +349,7 @@ class Optimizer(torch.optim.Optimizer):
         as_lists = goes_foreach(group, entries)
         buckets: dict[Any, list[tuple[list[Tensor], dict[str, Any]]]] = {}
         sharded: list[Tensor] = []
+        widened = 0
         for e, own in zip(entries, advanced, strict=False):
             scalars = self.advance(e.state, group, hyper, e.first) if own is None else own
             if group["differentiable"]:
@@ -356,13 +360,24 @@ class Optimizer(torch.optim.Optimizer):
                 sharded.append(e.p)
             if as_lists and scaling.seed is None and fits_a_list(tensors):
                 numbers = tuple(None if isinstance(s, Tensor) else s for s in scalars.values())
-                buckets.setdefault((e.p.device, e.p.dtype, numbers), []).append((tensors, scalars))
+                chunk = 0
+                if tensors[0].dtype in HALVES:  # their float32 copies are made for so many elements at a time
+                    widened += tensors[0].numel()
+                    chunk = widened // MOST_WIDENED
+                buckets.setdefault((e.p.device, e.p.dtype, numbers, chunk), []).append((tensors, scalars))
             else:
                 self._step_one(group, tensors, {**hyper, **scalars}, scaling)
         for bucket in buckets.values():
             lists = [TensorList(ts) for ts in zip(*(tensors for tensors, _ in bucket), strict=True)]
             scalars = {k: stack([scalars[k] for _, scalars in bucket]) for k in bucket[0][1]}
-            self._apply(group, lists, {**hyper, **scalars}, scaling)
+            if lists[0].dtype in HALVES:
+                wide = [TensorList([t.float() for t in each.tensors]) for each in lists]
+                self._apply(group, wide, {**hyper, **scalars}, scaling)
+                for i, each in enumerate(lists):
+                    if i != 1:
+                        each.copy_(wide[i])
+            else:
+                self._apply(group, lists, {**hyper, **scalars}, scaling)
         if sharded and not torch.compiler.is_compiling():  # autograd has seen their shards written, and not them
             torch.autograd.graph.increment_version(sharded)
 
@@ -376,14 +391,12 @@ class Optimizer(torch.optim.Optimizer):
         rule(p, g, **dict(zip(self.slots(group), slots, strict=True)), **args)
 
     def _step_one(self, group: dict[str, Any], tensors: list[Tensor], args: dict[str, Any], scaling: Scaling) -> None:
-        """One parameter; where its state has another dtype (loaded, say), in the widest, rounded once at the end."""
+        """One parameter; halves in float32, mixed dtypes (state that was loaded, say) in the widest, rounded once at the end."""
         p = tensors[0]
-        stochastic = scaling.seed is not None and p.dtype in (torch.bfloat16, torch.float16)
-        if all(t.dtype == p.dtype for t in tensors) and not stochastic:
+        stochastic = scaling.seed is not None and p.dtype in HALVES
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), computed_in(p))
+        if all(t.dtype == dtype for t in tensors) or (tensors[1].is_sparse and not stochastic):
             return self._apply(group, tensors, args, scaling)
-        dtype = functools.reduce(
-            torch.promote_types, (t.dtype for t in tensors), torch.float32 if stochastic else p.dtype
-        )
         wide = [t.to(dtype) for t in tensors]
         self._apply(group, wide, args, scaling)
         for i, (t, new) in enumerate(zip(tensors, wide, strict=True)):
@@ -398,11 +411,17 @@ class Optimizer(torch.optim.Optimizer):
             p, *slots = [t.clone() for t in (e.p, *e.slots)]
             self._apply(group, [p, e.g, *slots], args, NORMAL)
         else:
-            recorded = [Recorded(t) for t in (e.p.clone(), e.g, *e.slots)]  # p itself is written below
+            tensors = (e.p, e.g, *e.slots)
+            wide = computed_in(e.p)
+            recorded = [
+                Recorded(t.to(wide) if t.dtype in HALVES else t) for t in (e.p.clone(), *tensors[1:])
+            ]  # p is written below
             self._apply(group, recorded, args, NORMAL)
             p, _, *slots = [
-                torch.view_as_complex(r.tensor) if e.p.is_complex() and not r.tensor.is_complex() else r.tensor
-                for r in recorded
+                torch.view_as_complex(r.tensor)
+                if e.p.is_complex() and not r.tensor.is_complex()
+                else r.tensor.to(t.dtype)
+                for r, t in zip(recorded, tensors, strict=True)
             ]
         e.p.copy_(p)
         e.state.update(zip(self.slots(group).values(), slots, strict=True))
@@ -414,6 +433,11 @@ class Optimizer(torch.optim.Optimizer):
 def same(a: Collection[Any], b: Collection[Any]) -> bool:
     """Whether they hold the same objects."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def computed_in(p: Tensor) -> torch.dtype:
+    """Halves are computed in float32 and rounded once, whichever way a step goes: their squares underflow."""
+    return torch.float32 if p.dtype in HALVES else p.dtype
 
 
 def to_scalar(x: Any) -> Any:

@@ -78,8 +78,8 @@ class TensorList:
         torch._foreach_copy_(self.tensors, other.tensors)
         return self
 
-    def clamp_min_(self, other: TensorList) -> TensorList:
-        torch._foreach_clamp_min_(self.tensors, other.tensors)
+    def clamp_min_(self, other: Any) -> TensorList:
+        torch._foreach_clamp_min_(self.tensors, _plain(other))
         return self
 
     def lerp_(self, end: TensorList, weight: Any) -> TensorList:
