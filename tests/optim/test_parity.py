@@ -16,6 +16,7 @@ from tests.optim.cases import (
     CASES,
     DEVICES,
     DTYPES,
+    NUMBERS,
     TWINS,
     Case,
     build,
@@ -145,8 +146,7 @@ def test_every_path_is_within_one_ulp_a_step(
         optimizer = build(cls, copies, hyper, **options)
         for p, copied in zip(params, copies, strict=True):
             optimizer.state[copied] = {
-                key: x.clone() if key in ("step", "mu_product") else x.to(to, copy=True)
-                for key, x in warm.state[p].items()
+                key: x.clone() if key in NUMBERS else x.to(to, copy=True) for key, x in warm.state[p].items()
             }
         run(optimizer, [[g.to(to) for g in step if g is not None] for step in grads])
         return copies, [optimizer.state[p] for p in copies]

@@ -145,6 +145,9 @@ class Cell:
         self.value = _plain(other)
         return self
 
+    def masked_fill(self, mask: Cell, value: float) -> Cell:
+        return Cell(expression.where(mask.value, value, self.value))
+
     def __getattr__(self, name: str) -> Callable[..., Cell]:
         function = getattr(self.value, _OPERATORS.get(name, name.removesuffix("_")))
 

@@ -345,7 +345,8 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         """By the rule. advanced: what advance has returned for those entries where it was called already."""
         hyper = self.hyper(group)
-        hyper["lr"] = live(to_scalar(hyper["lr"]))
+        if "lr" in hyper:
+            hyper["lr"] = live(to_scalar(hyper["lr"]))
         as_lists = goes_foreach(group, entries)
         buckets: dict[Any, list[tuple[list[Tensor], dict[str, Any]]]] = {}
         sharded: list[Tensor] = []
