@@ -130,6 +130,18 @@ def test_hand_written_kernels_are_the_generated_ones() -> None:
             same(*ends)
 
 
+@pytest.mark.parametrize("dtype", [*FULL, *HALF], ids=str)
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_centered_rmsprop_survives_a_constant_gradient(foreach: bool | None, dtype: torch.dtype) -> None:
+    """v − m² is 0 in the limit, and rounds below it: torch's weights are NaN after some 130 steps in float32."""
+    p = torch.nn.Parameter(torch.ones(40, dtype=dtype))
+    optimizer = ours.RMSprop([p], centered=True, eps=1e-3, foreach=foreach)
+    for _ in range(400):
+        p.grad = torch.linspace(0.1, 4, 40).to(dtype)
+        optimizer.step()
+    assert p.isfinite().all()
+
+
 # An optimizer of one's own.
 
 

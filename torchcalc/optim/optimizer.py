@@ -10,13 +10,15 @@ state in another dtype than its parameter, GradScaler, autograd through the step
 Which way a step goes, group by group:
 
 =====================================  =================================================================================
-``foreach=False`` (or fused=False)     tensor by tensor; equal to torch's loop to the last bit
+``foreach=False`` (or fused=False)     tensor by tensor; in float32 and wider equal to torch's loop to the last bit
 ``foreach=True``; default on CUDA      one ``torch._foreach_*`` call per operation of the rule and bucket
 ``fused=True`` on CUDA                 the same, and GradScaler's scale and found_inf are handled inside
 ``differentiable=True``                tensor by tensor, out of place, recorded by autograd
-otherwise (default and fused on CPU)   the class's native kernel over all tensors at once; without one, or for tensors
-                                       that it does not take, tensor by tensor
+otherwise (default and fused on CPU)   the rule's kernel over all tensors at once (:mod:`torchcalc.optim.kernel`); without
+                                       one, or for tensors that it does not take, tensor by tensor
 =====================================  =================================================================================
+
+bfloat16 and float16 are computed in float32 and rounded once, whichever way a step goes (but for sparse gradients).
 """
 
 from __future__ import annotations
