@@ -55,6 +55,7 @@ CPP = Language(
         "sgn": "double(({0} > 0) - ({0} < 0))",
         "fma": "{} * {} + {}",
         "pow": "std::pow({}, {})",
+        "rounded": "double(T({}))",  # to the element's type
     },
     literal=lambda x: f"T({number(x)})",
     uniform_literal=number,

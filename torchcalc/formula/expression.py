@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -129,6 +131,9 @@ class Expression:
     __repr__ = __str__
 
     def __bool__(self) -> bool:
+        answer = _decide.get()(self)
+        if answer is not None:
+            return answer
         raise TypeError(f"a formula asked whether {self} is true, which differs by element; use where(condition, a, b)")
 
     # Arithmetic, under Tensor's names. A named method's meaning, where it is finer than arithmetic's, is that of torch's
@@ -157,13 +162,15 @@ class Expression:
         return self.add((a if _is_one(value) else a.mul(value)).div(b))
 
     def lerp(self, end: Term, weight: Term) -> Expression:
-        """self + weight·(end − self), from the nearer end, as torch."""
+        """self + weight·(end − self), from the nearer end, as torch.
+
+        A weight that is a parameter is rounded before it is compared with 0.5 and 1 is subtracted, as there.
+        """
         difference = Expression.of(end).sub(self)
-        near = fma(weight, difference, self)
-        far = fma(weight - 1, difference, end)
-        if isinstance(weight, (int, float)):
-            return near if abs(weight) < 0.5 else far
-        return where(abs(weight) < 0.5, near, far)
+        if isinstance(weight, Expression) and weight.is_uniform:
+            weight = Expression("rounded", weight)
+        near = abs(weight) < 0.5
+        return fma(where(near, weight, weight - 1), difference, where(near, self, end))
 
     def pow(self, exponent: Term) -> Expression:
         if isinstance(exponent, (int, float)):
@@ -300,6 +307,21 @@ class Expression:
 
     def __invert__(self) -> Expression:
         return Expression("not", self)
+
+
+#: Answers what a condition in an ``if`` is, or None if that is not known.
+Decision = Callable[[Expression], "bool | None"]
+_decide: ContextVar[Decision] = ContextVar("decide", default=lambda condition: None)
+
+
+@contextmanager
+def deciding(decide: Decision) -> Iterator[None]:
+    """Let formulas branch on the conditions that this function knows."""
+    token = _decide.set(decide)
+    try:
+        yield
+    finally:
+        _decide.reset(token)
 
 
 _interned: weakref.WeakValueDictionary[tuple[Any, ...], Expression] = weakref.WeakValueDictionary()

@@ -1,4 +1,4 @@
-"""The C++ that is built from all formulas: ``sources()`` maps file names to their text."""
+"""The C++ that is built from all formulas and rules: ``sources()`` maps file names to their text."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ FILES = 4  # compiled side by side
 
 
 def sources() -> dict[str, str]:
-    """Every formula's kernels.
+    """The kernels of every formula and of every optimizer's rule.
 
     >>> sorted(sources())[0], "struct ReLU_value" in "".join(sources().values())
     ('formulas_0.cpp', True)
     """
     import torchcalc.functional  # noqa: F401  defines them
 
+    from torchcalc.formula.rule_cpp import rule_file
+    from torchcalc.optim.kernel import all_recordings
+
     formulas = [f for f in FORMULAS.values() if f.value.__module__.startswith("torchcalc.")]
-    return {f"formulas_{i}.cpp": file_of(formulas[i::FILES]) for i in range(FILES)}
+    return {f"formulas_{i}.cpp": file_of(formulas[i::FILES]) for i in range(FILES)} | {
+        f"rule_{name}.cpp": rule_file(recordings) for name, recordings in all_recordings().items()
+    }
 
 
 def file_of(formulas: list[Formula]) -> str:

@@ -21,6 +21,9 @@ tell autograd what was written. Optimizers::
     adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
           Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, ... as adam_bound_ from lr on) -> int
     sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] first, ... from lr on) -> int
+    rule_bound_(int handle, Tensor[] grads, int hash, bool counts, float[] scalars, float[] shared, bool maximize,
+                float grad_coef, Tensor? grad_scale, int? seed) -> int
+    has_rule(int hash) -> bool
     grad_norm(Tensor[] grads) -> (bool supported, float squared, bool finite)
 
 and about itself::
