@@ -30,7 +30,7 @@ help: ## list the commands
 	@echo '  TORCH=$(OTHER_TORCH)                        another torch, in an environment of its own (make test)'
 	@echo '  PYTHON=/path/to/python              the Python to make .venv with, 3.11 or newer'
 
-train: $(VENV)/.installed ## train RECIPE (digits, descent, regression, depth, learning_rate), say where the curves are
+train: $(VENV)/.built ## train RECIPE (digits, descent, regression, depth, learning_rate), say where the curves are
 	$(BIN)/python -m recipes $(RECIPE) $(ARGS)
 
 # Style and types are properties of the source: they are checked once, with the pinned tools, and not again for TORCH=.
@@ -45,17 +45,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-pytest: $(VENV)/.installed
+pytest: $(VENV)/.built
 	$(PYTEST)
 
 # One library of kernels must serve both torches: with TORCH= the tests load what the other torch's headers built.
-sanitize: $(VENV)/.installed ## the kernels' tests under AddressSanitizer and UBSan
+sanitize: $(VENV)/.built ## the kernels' tests under AddressSanitizer and UBSan
 	$(BIN)/python -m tests.native.sanitized -q
 
-bench: $(VENV)/.installed ## stock and torchcalc side by side (ARGS=--quick: under a minute)
+bench: $(VENV)/.built ## stock and torchcalc side by side (ARGS=--quick: under a minute)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-gallery: $(VENV)/.installed ## the README's pictures: runs three recipes, photographs TensorBoard with Chromium
+gallery: $(VENV)/.built ## the README's pictures: runs three recipes, photographs TensorBoard with Chromium
 	$(BIN)/python -m recipes.gallery $(ARGS)
 
 clean: ## remove environments, builds and caches; runs/ stays
@@ -68,10 +68,17 @@ $(VENV)/.created:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# The build backend first: without build isolation the build sees the torch that the kernels are compiled against.
-$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile $(wildcard torchcalc/native/*build.py torchcalc/native/csrc/*)
+# The build backend first: what is installed without build isolation need not be downloaded for each build.
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile torchcalc/native/hatch_build.py
 	@echo 'Installing torch $(PIN), torchcalc and its tools into $(VENV): minutes, the first time'
 	@sed 's/^torch==.*/torch==$(PIN)/' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt 'torch==$(PIN)' hatchling editables
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e '.[recipes,dev]'
+	@touch $@
+
+# What the kernels are made from: C++, and the formulas. Where the loops come out as they were, this takes three seconds.
+FORMULAS := $(wildcard $(addprefix torchcalc/,formula/*.py activations/*.py losses/*.py layers/*.py optim/*.py))
+$(VENV)/.built: $(VENV)/.installed torchcalc/native/build.py $(wildcard torchcalc/native/csrc/*.* torchcalc/native/csrc/node/*) $(FORMULAS)
+	@echo 'Building the kernels that are not up to date'
+	$(BIN)/python -P torchcalc/native/build.py
 	@touch $@

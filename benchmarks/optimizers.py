@@ -153,6 +153,7 @@ def rows() -> Iterator[Row]:
             target=targets[4],
             **common,
         )
+        yield from recorded_rows(size, shapes, common)
     for count, numel in ((1, 1), (1, 1000), (10, 100), (100, 100), (1000, 100), (100, 10_000), (1, 1_000_000)):
         yield step_row(
             f"AdamW, {count} x {numel}",
@@ -164,6 +165,36 @@ def rows() -> Iterator[Row]:
             target=0.97,
             group="shapes",
             seconds=2.0,
+        )
+
+
+def recorded_rows(size: str, shapes: list[Shape], common: dict[str, Any]) -> Iterator[Row]:
+    """Optimizers whose kernels are made from their rules, against the fastest way of torch's; Lion against its own rule."""
+    torch_optim, ours = torch.optim, torchcalc.optim
+    lists, loop = dict(foreach=True), dict(foreach=False)
+    stock = (
+        lists if size == "small" else loop
+    )  # a large tensor stays in no cache from one operation of a list to the next
+    for name, dtype, against, slots in (
+        ("RMSprop", torch.float32, (torch_optim, stock), 1),
+        ("RMSprop", torch.bfloat16, (torch_optim, stock), 1),
+        ("Adagrad", torch.float32, (torch_optim, dict(fused=True)), 1),
+        ("NAdam", torch.float32, (torch_optim, stock), 2),
+        ("Lion", torch.float32, (ours, stock), 1),
+        ("Lion", torch.bfloat16, (ours, stock), 1),
+    ):
+        library, options = against
+        spelled = ", ".join(f"{k}={v}" for k, v in options.items())
+        yield step_row(
+            f"{'bf16 ' if dtype == torch.bfloat16 else ''}{name}, {size}",
+            shapes,
+            optimizer(getattr(library, name), **options),
+            optimizer(getattr(ours, name)),
+            dtype=dtype,
+            slots=slots,
+            against=f"{'its rule, ' if library is ours else ''}{name}({spelled})",
+            target=2.0 if size == "small" else 0.97,
+            **{**common, "seconds": common["seconds"] / 2},
         )
 
 

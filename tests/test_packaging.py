@@ -100,6 +100,8 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     assert {name.partition("/")[0] for name in names} == {"torchcalc", info}
     source = {str(path.relative_to(ROOT)) for path in (ROOT / "torchcalc").rglob("*.py")}
     assert source | {"torchcalc/py.typed", f"{info}/licenses/LICENSE"} <= set(names)
+    libraries = {re.sub("-.*", "", name) for name in names if "libtorchcalc" in name and not name.endswith(".sha256")}
+    assert libraries == {"torchcalc/native/libtorchcalc", "torchcalc/native/libtorchcalc_nodes"}
     metadata = zipfile.ZipFile(wheel).read(f"{info}/METADATA").decode()
     assert "Requires-Dist: torch<2.15,>=2.13\n" in metadata
     assert "Requires-Python: >=3.11\n" in metadata
@@ -117,10 +119,11 @@ def test_sdist_can_be_tested(built):
     assert not [name for name in names if re.search(r"/(runs|\.venv|__pycache__)|\.so$", name)]
 
 
-@pytest.mark.slow
-def test_wheel_works_in_a_clean_environment(built, tmp_path):
-    """In an environment that has torch and numpy to read, but not this checkout."""
+@pytest.fixture
+def installed(built, tmp_path, monkeypatch):
+    """The Python of an environment that has the wheel, torch and numpy to read, but not this checkout; its packages."""
     _, wheel = built
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
     executable = str(tmp_path / "venv" / "bin" / "python")
     site = python("import sysconfig; print(sysconfig.get_path('purelib'))", executable=executable).strip()
@@ -128,6 +131,12 @@ def test_wheel_works_in_a_clean_environment(built, tmp_path):
     Path(site, "borrowed.pth").write_text(str(Path(torch.__file__).parents[1]))
     install = [executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet", str(wheel)]
     subprocess.run(install, check=True, timeout=120)
+    return executable, site
+
+
+@pytest.mark.slow
+def test_wheel_works_in_a_clean_environment(installed, tmp_path):
+    executable, site = installed
     code = f"""
 import importlib.metadata, torch, torchcalc
 assert torchcalc.__file__.startswith({site!r}), torchcalc.__file__
@@ -142,6 +151,9 @@ for _ in range(30):
     losses[-1].backward()
     optimizer.step()
 assert losses[-1] < losses[0]
+native = torchcalc.native
+assert native.library() is not None and str(native.library()).startswith({site!r}), native.why_not()
+assert native.nodes(), native.why_no_nodes()
 """
     python(code, "-W", "error", cwd=tmp_path, executable=executable)
     # And every example in its docstrings.
@@ -149,3 +161,25 @@ assert losses[-1] < losses[0]
     done = subprocess.run(doctests, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert re.search(r"^\d\d+ passed", done.stdout, flags=re.MULTILINE), done.stdout
+
+
+@pytest.mark.slow
+def test_uninstalling_leaves_nothing(installed, tmp_path, monkeypatch):
+    """Not the libraries that were built after the installation either: an empty torchcalc could be imported."""
+    executable, site = installed
+    native = Path(site, "torchcalc", "native")
+    first = {path.name for path in native.glob("libtorchcalc*")}
+    with (native / "csrc" / "isa.h").open("a") as file:
+        file.write("\n")  # other sources, other names
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && echo > "$2"; shift; done; true\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    done = subprocess.run([executable, "-m", "torchcalc", "build"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not {path.name for path in native.glob("libtorchcalc-*")} & first
+    uninstall = [executable, "-m", "pip", "uninstall", "--yes", "--quiet", "torchcalc"]
+    subprocess.run(uninstall, check=True, cwd=tmp_path, timeout=120)
+    assert not Path(site, "torchcalc").exists()
+    with pytest.raises(AssertionError, match="No module named 'torchcalc'"):
+        python("import torchcalc", cwd=tmp_path, executable=executable)

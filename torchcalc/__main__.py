@@ -33,6 +33,7 @@ def report() -> str:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "kernels": kernels,
         "instruction set": instructions,
+        "autograd's nodes": "loaded" if native.nodes() else f"not loaded: {native.why_no_nodes()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "devices": ", ".join(devices),
     }

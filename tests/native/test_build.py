@@ -1,54 +1,133 @@
 """Building the library: where it goes, what is said when it cannot be built, and that nobody sees half a file."""
 
+import base64
+import csv
+import fnmatch
+import hashlib
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from torchcalc.__main__ import main
 from torchcalc.native import build
 
 ROOT = Path(build.__file__).parents[2]
 
 
+GENERATED = {"loops.cpp": "// loops", "loops.h": "// their declarations"}
+TORCH = build.torch_version(build.torch_directory())
+
+
+class Compiler:
+    """A compiler that takes no time: writes the libraries that are asked for, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[bool, bool, bool]] = []
+        self.problem = ""
+
+    def __call__(
+        self, kernels: Path | None, nodes: Path | None, generated: dict[str, str], sanitize: bool, work: Path
+    ) -> str:
+        self.calls.append((kernels is not None, nodes is not None, sanitize))
+        if kernels:
+            kernels.write_bytes(b"x" * 1000)
+        if nodes and not self.problem:
+            nodes.write_bytes(b"y" * 100)
+        return self.problem if nodes else ""
+
+
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """A compiler that takes no time: writes the file, and notes whether sanitizers were asked for."""
-    calls: list[bool] = []
+def loops(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What is generated from the formulas."""
+    texts = dict(GENERATED)
+    monkeypatch.setattr(build, "generate", lambda work: texts)
+    return texts
 
-    def write(target: Path, sanitize: bool) -> None:
-        target.write_bytes(b"x" * 1000)
-        calls.append(sanitize)
 
-    monkeypatch.setattr(build, "_compile", write)
-    return calls
+@pytest.fixture
+def compiled(loops: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    fake = Compiler()
+    monkeypatch.setattr(build, "_compile", fake)
+    return fake
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory in the package's place."""
+    directory = tmp_path / "site" / "torchcalc" / "native"
+    directory.mkdir(parents=True)
+    monkeypatch.setattr(build, "PACKAGE", directory)
+    return directory
+
+
+def built(nodes: bool = True, **generated: str) -> list[str]:
+    """The names of the files that a build leaves."""
+    names = [build.library_name(generated or GENERATED), *([build.nodes_name(TORCH)] if nodes else [])]
+    return sorted(name + end for name in names for end in ("", ".sha256"))
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 def test_builds_into_the_package_or_else_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[bool]
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Compiler
 ) -> None:
-    package, cache = tmp_path / "package", tmp_path / "cache" / "torchcalc"
-    package.mkdir()
-    monkeypatch.setattr(build, "PACKAGE", package)
+    cache = tmp_path / "cache" / "torchcalc"
+    name = build.library_name(GENERATED)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert build.build() == package / build.library_name()
+    assert build.build() == package / name
+    assert listing(package) == built()
     assert not cache.exists()
     # Root may write everywhere, so the answer is given here instead of asked from the file system.
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != package and access(path, mode))
-    assert build.build() == cache / build.library_name()
+    assert build.build() == cache / name
+    assert listing(cache) == built()
+    assert cache.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(build.BuildError, match=r"cannot write to .*package nor to .*cache.*XDG_CACHE_HOME"):
+    with pytest.raises(build.BuildError, match=r"cannot write to .*native; cannot write to .*cache.*XDG_CACHE_HOME"):
         build.build()
     monkeypatch.setattr(build, "PACKAGE", package / "file" / "below")
     (package / "file").write_bytes(b"")  # a directory that cannot be made
     with pytest.raises(build.BuildError, match="cannot write to"):
         build.build()
+
+
+def test_nothing_is_built_where_it_would_not_be_loaded(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Compiler
+) -> None:
+    """A cache directory that others can write to."""
+    cache = tmp_path / "cache" / "torchcalc"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != package and access(path, mode))
+    with pytest.raises(build.BuildError, match=r"can be written by others than you \(mode 777\).*chmod go-w"):
+        build.build()
+    assert not listing(cache)
+
+
+def test_output_that_cannot_be_written(tmp_path: Path, compiled: Compiler) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(
+            build.BuildError, match=r"cannot write to .*file.*another directory with --output"
+        ) as caught:
+            build.build(output)
+        assert "XDG_CACHE_HOME" not in str(caught.value)
 
 
 def test_the_cache_follows_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,58 +137,131 @@ def test_the_cache_follows_the_platform(monkeypatch: pytest.MonkeyPatch) -> None
     assert build.directories()[1] == Path("/home/someone/.cache/torchcalc")
     monkeypatch.setattr(sys, "platform", "darwin")
     assert build.directories()[1] == Path("/home/someone/Library/Caches/torchcalc")
-    assert build.library_name().endswith(".dylib")
+    assert build.library_name({}).endswith(".dylib")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home: no cache
     assert build.directories() == [build.PACKAGE]
 
 
-@pytest.mark.parametrize("package", [True, False], ids=["package", "elsewhere"])
+@pytest.mark.parametrize("where", ["package", "elsewhere"])
 def test_a_build_replaces_what_is_stale_in_the_package(
-    package: bool, tmp_path: Path, compiled: list[bool], monkeypatch: pytest.MonkeyPatch
+    where: str, package: Path, tmp_path: Path, compiled: Compiler
 ) -> None:
-    """In a cache, which versions share, each keeps its own."""
-    if package:
-        monkeypatch.setattr(build, "PACKAGE", tmp_path)
-    name = build.library_name()
-    stale = tmp_path / name.replace(build.source_hash(), "0" * 16)
-    foreign = tmp_path / "libtorchcalc-0000000000000000-linux_riscv64.so"
-    stale.write_bytes(b"")
-    foreign.write_bytes(b"")
-    build.build(tmp_path)
-    kept = [name, foreign.name] if package else [name, foreign.name, stale.name]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
-    assert os.access(tmp_path / name, os.X_OK)
+    """In a cache, which versions share, each keeps its own. Nodes for another torch are not stale."""
+    target = package if where == "package" else tmp_path / "elsewhere"
+    target.mkdir(exist_ok=True)
+    name, nodes = build.library_name(GENERATED), build.nodes_name(TORCH)
+    stale = [
+        name.replace(build.source_hash(), "0" * 16),
+        build.library_name({"loops.cpp": "// other loops"}),
+        nodes.replace(build.node_hash(), "0" * 16),
+    ]
+    stale += [old + ".sha256" for old in stale]
+    kept = ["libtorchcalc-0000000000000000-0000000000000000-linux_riscv64.so", build.nodes_name("2.99.1+cu130")]
+    kept += [other + ".sha256" for other in kept]
+    for file in [*stale, *kept]:
+        (target / file).write_bytes(b"")
+    build.build(target)
+    assert listing(target) == sorted([*built(), *kept, *(stale if where == "elsewhere" else [])])
+    assert os.access(target / name, os.X_OK)
 
 
-def test_a_failed_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(target: Path, sanitize: bool) -> None:
+def test_what_is_there_is_not_built_again(tmp_path: Path, loops: dict[str, str], compiled: Compiler) -> None:
+    first = build.build(tmp_path, again=False)
+    os.utime(first, (1, 1))
+    assert build.build(tmp_path, again=False) == first
+    assert compiled.calls == [(True, True, False)]
+    assert first.stat().st_mtime > 1  # the newest is loaded: the one that was asked for last
+
+    (tmp_path / build.nodes_name(TORCH)).rename(tmp_path / build.nodes_name("2.99.0"))  # another torch's environment
+    build.build(tmp_path, again=False)
+    assert compiled.calls[1:] == [(False, True, False)]
+
+    first.write_bytes(b"cut short")
+    build.build(tmp_path, again=False)
+    assert compiled.calls[2:] == [(True, False, False)]
+
+    loops["loops.cpp"] = "// a formula has changed"
+    assert build.build(tmp_path, again=False) != first
+    assert compiled.calls[3:] == [(True, False, False)]
+
+    build.build(tmp_path)  # `python -m torchcalc build` was asked to
+    assert compiled.calls[4:] == [(True, True, False)]
+
+
+def test_the_kernels_do_without_the_nodes(tmp_path: Path, compiled: Compiler) -> None:
+    compiled.problem = "c++ failed: no C++20"
+    said: list[str] = []
+    build.build(tmp_path, warn=said.append)
+    assert said == ["autograd's nodes were not built, and the functions run without kernels: c++ failed: no C++20"]
+    assert listing(tmp_path) == built(nodes=False)
+
+
+def test_a_failed_build_leaves_nothing_behind(
+    tmp_path: Path, loops: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(kernels: Path, *rest: object) -> str:
+        kernels.write_bytes(b"half")
         raise build.BuildError("no")
 
-    old = tmp_path / build.library_name()
+    old = tmp_path / build.library_name(GENERATED)
     old.write_bytes(b"old")
     monkeypatch.setattr(build, "_compile", fails)
     with pytest.raises(build.BuildError):
         build.build(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [old.name]
+    assert listing(tmp_path) == [old.name]
     assert old.read_bytes() == b"old"
 
 
-def test_concurrent_builds_never_show_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals here")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_build_that_is_told_to_stop_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    """Neither files nor a compiler that still runs."""
+    output, temporary, pids = (tmp_path / part for part in ("output", "temporary", "pids"))
+    temporary.mkdir()
+    slow = tmp_path / "c++"
+    slow.write_text(f"#!/bin/sh\necho $$ >> {pids}\ntouch $TMPDIR/cc-half.s\nexec sleep 100\n")
+    slow.chmod(0o755)
+    code = f"""
+import importlib.util, pathlib
+spec = importlib.util.spec_from_file_location("build", {build.__file__!r})
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+build.generate = lambda work: {{}}
+build.build(pathlib.Path({str(output)!r}))
+"""
+    environment = {**os.environ, "CXX": str(slow), "TMPDIR": str(temporary)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not pids.exists() or not pids.read_text().endswith("\n"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, name))
+    assert process.wait(timeout=60) != 0
+    assert not listing(output) and not listing(temporary)
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def test_concurrent_builds_never_show_half_a_file(
+    tmp_path: Path, loops: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = b"x" * 100_000
-    library = tmp_path / build.library_name()
-    seen: list[int] = []
+    library = tmp_path / build.library_name(GENERATED)
+    seen: list[str] = []
     stop = threading.Event()
 
-    def slowly(target: Path, sanitize: bool) -> None:
-        with target.open("wb") as file:
-            for i in range(0, len(whole), 1000):
-                file.write(whole[i : i + 1000])
-                file.flush()
+    def slowly(kernels: Path, nodes: Path, *rest: object) -> str:
+        for target in (kernels, nodes):
+            with target.open("wb") as file:
+                for _ in range(0, len(whole), 1000):
+                    file.write(whole[:1000])
+                    file.flush()
+        return ""
 
     def watch() -> None:
         while not stop.is_set():
             if library.exists():
-                seen.append(library.stat().st_size)
+                seen.append(build.damage(library))
 
     monkeypatch.setattr(build, "_compile", slowly)
     watcher = threading.Thread(target=watch)
@@ -123,17 +275,144 @@ def test_concurrent_builds_never_show_half_a_file(tmp_path: Path, monkeypatch: p
         pass
     stop.set()
     watcher.join()
-    assert set(seen) == {len(whole)}
-    assert [path.name for path in tmp_path.iterdir()] == [library.name]
+    assert set(seen) == {""}
+    assert listing(tmp_path) == built()
 
 
-def test_sanitizers_go_elsewhere(tmp_path: Path, compiled: list[bool]) -> None:
+def test_sanitizers_go_elsewhere(tmp_path: Path, compiled: Compiler) -> None:
     with pytest.raises(ValueError, match="needs output="):
         build.build(sanitize=True)
     assert build.build(tmp_path, sanitize=True).parent == tmp_path
-    assert compiled == [True]
+    assert compiled.calls == [(True, False, True)]  # the nodes are no part of it
 
 
+# --- what is compiled -------------------------------------------------------------------------------------------------
+
+# Writes what it is told to, and its own command line into a file beside it.
+FAKE = """#!/bin/sh
+all="$*"
+while [ $# -gt 1 ]; do
+  if [ "$1" = -o ]; then echo "$all" > "$2"; fi
+  shift
+done
+echo "$all" >> {log}
+"""
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The command lines that a compiler was called with, one a line."""
+    log = tmp_path / "commands"
+    fake = tmp_path / "c++"
+    fake.write_text(FAKE.format(log=log))
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    return log
+
+
+def test_every_source_is_compiled_and_linked(tmp_path: Path, loops: dict[str, str], commands: Path) -> None:
+    library = build.build(tmp_path / "out")
+    lines = commands.read_text().splitlines()
+    compiles = {line.partition(" -c ")[2].split()[0]: line for line in lines if " -c " in line}
+    kernels = {str(path) for path in build.SOURCES.glob("*.cpp")} | {"generated/loops.cpp"}  # a header is not compiled
+    nodes = {str(path) for path in build.NODES.glob("*.cpp")}
+    assert compiles.keys() == kernels | nodes
+    for name, line in compiles.items():
+        assert ("-std=c++20" in line) == (name in nodes) and ("api/include" in line) == (name in nodes)
+        assert f"-I {build.SOURCES}" in line
+        assert (f'-DTORCHCALC_SOURCE_HASH="{build.source_hash()}"' in line) == (name in kernels)
+    linked = library.read_text()
+    assert "generated-loops.o" in linked and "csrc-adam.o" in linked and "node" not in linked
+    assert "node-node.o" in library.with_name(build.nodes_name(TORCH)).read_text()
+
+
+def test_every_name_and_text_counts() -> None:
+    names = [
+        build.library_name(generated)
+        for generated in ({}, {"a.cpp": ""}, {"b.cpp": ""}, {"a.cpp": "x"}, {"a.cpp": "x", "b.cpp": ""})
+    ]
+    assert len(set(names)) == len(names)
+    assert build.library_name({"a": "1", "b": "2"}) == build.library_name({"b": "2", "a": "1"})
+    assert all(fnmatch.fnmatch(name, build.pattern()) for name in names)
+
+
+def test_what_the_nodes_include_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "NODES", tmp_path / "node")
+    files = {
+        "node/a.cpp": '#include <vector>\n#include "a.h"\n# include "shared.h"\n',
+        "node/a.h": "",
+        "shared.h": '  #include "deep.h"',
+        "deep.h": '#include "shared.h"',
+    }
+    (tmp_path / "node").mkdir()
+    for name, text in {**files, "other.h": "", "kernel.cpp": ""}.items():
+        (tmp_path / name).write_text(text)
+    original = build.node_hash()
+    assert build.nodes_name("2.13.0+cpu").startswith(f"libtorchcalc_nodes-{original}-torch2.13.0_cpu-")
+    for name in ("other.h", "kernel.cpp"):
+        (tmp_path / name).write_text("//")
+        assert build.node_hash() == original
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n//")
+        assert build.node_hash() != original
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(build, "_NODE_FLAGS", [*build._NODE_FLAGS, "-g"])
+    assert build.node_hash() != original
+
+
+def formula(package: Path, text: str) -> None:
+    """A package of which only the formulas are there."""
+    for directory in (package.parent, package.parent / "formula"):
+        directory.mkdir(exist_ok=True)
+        (directory / "__init__.py").write_text("")
+    (package.parent / "formula" / "generate.py").write_text(text)
+
+
+def test_generating(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the package's own formulas, with torch at hand, and without kernels; what is printed is not in the way."""
+    monkeypatch.setenv("TORCHCALC_NATIVE", "1")
+    text = """
+        import os, torch
+        print("hello")
+        def sources():
+            return {"σ.cpp": f"// {torch.ones(2).sum().item()} {os.environ['TORCHCALC_NATIVE']}"}
+    """
+    formula(package, textwrap.dedent(text))
+    assert build.generate(tmp_path) == {"σ.cpp": "// 2.0 0"}
+
+
+def test_generating_fails(package: Path, tmp_path: Path) -> None:
+    formula(package, "def sources():\n    raise ValueError('mish: no slope')\n")
+    with pytest.raises(build.BuildError, match=r"no loops could be generated.*ValueError: mish: no slope"):
+        build.build(tmp_path / "out")
+    assert not listing(tmp_path / "out")
+
+
+def test_pip_is_told_of_the_libraries(package: Path, compiled: Compiler) -> None:
+    """What stands in RECORD is uninstalled with the package."""
+    record = package.parents[1] / "torchcalc-1.0.dist-info" / "RECORD"
+    record.parent.mkdir()
+    others = 'torchcalc/__init__.py,sha256=x,1\n"torchcalc/a,b.py",sha256=y,2\n'
+    stale = "torchcalc/native/libtorchcalc-0-linux.so,sha256=z,3\n"
+    record.write_text(others + stale)
+    for _ in range(2):
+        build.build()
+        with record.open(newline="") as file:
+            rows = {row[0]: row[1:] for row in csv.reader(file)}
+        assert list(rows)[:2] == ["torchcalc/__init__.py", "torchcalc/a,b.py"]
+        assert [name.rpartition("/")[2] for name in list(rows)[2:]] == built()
+    for name in built():
+        content = (package / name).read_bytes()
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        assert rows[f"torchcalc/native/{name}"] == [f"sha256={digest}", str(len(content))]
+    assert listing(record.parent) == ["RECORD"]
+
+
+# --- what keeps it from being built -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("loops")
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -146,6 +425,7 @@ def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("loops")
 def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text(
@@ -159,22 +439,24 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_torch_or_its_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Spec:
-        submodule_search_locations = (str(tmp_path),)
-
+    torch = tmp_path / "torch"
+    torch.mkdir()
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(build.BuildError, match=r"torch is not installed.*--no-build-isolation"):
+    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path), "platlib": str(tmp_path)})
+    monkeypatch.setattr(build.site, "getsitepackages", list)
+    monkeypatch.setattr(build.site, "getusersitepackages", lambda: str(tmp_path / "none"))
+    with pytest.raises(build.BuildError, match=r"torch is not installed.*Install it"):
         build.torch_directory()
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: Spec)
-    (tmp_path / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    (torch / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
     with pytest.raises(build.BuildError, match=r"torch 2\.9 has no stable ABI"):
         build.torch_directory()
-    (tmp_path / "version.py").write_text("__version__ = '2.13.0'\n")
+    (torch / "version.py").write_text("from typing import Optional\n__version__ = '2.13.0+cpu'\n")
     with pytest.raises(build.BuildError, match="without its C\\+\\+ headers"):
         build.torch_directory()
-    (tmp_path / "include/torch/csrc/stable").mkdir(parents=True)
-    (tmp_path / "include/torch/csrc/stable/library.h").write_text("")
-    assert build.torch_directory() == tmp_path
+    (torch / "include/torch/csrc/stable").mkdir(parents=True)
+    (torch / "include/torch/csrc/stable/library.h").write_text("")
+    assert build.torch_directory() == torch
+    assert build.torch_version(torch) == "2.13.0+cpu"
 
 
 def test_windows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,10 +469,10 @@ def test_build_is_importable_without_torchcalc() -> None:
     # hatchling loads it by path, in an environment that may have neither torch nor torchcalc
     code = (
         f"import sys, runpy; names = runpy.run_path({build.__file__!r}); "
-        "assert not {'torch', 'torchcalc'} & set(sys.modules); print(names['library_name']())"
+        "assert not {'torch', 'torchcalc'} & set(sys.modules); print(names['pattern']())"
     )
     result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == build.library_name()
+    assert result.stdout.strip() == build.pattern()
 
 
 # --- the command line, the hook, and a build from nothing -------------------------------------------------------------
@@ -207,9 +489,13 @@ def test_the_report() -> None:
     result = torchcalc(TORCHCALC_NATIVE_ISA="baseline")
     assert result.returncode == 0, result.stderr
     rows = dict(
-        line.split(maxsplit=1) for line in result.stdout.replace("instruction set", "instructions").splitlines()
+        line.split(maxsplit=1)
+        for line in result.stdout.replace("instruction set", "instructions")
+        .replace("autograd's nodes", "nodes")
+        .splitlines()
     )
-    assert list(rows) == ["torchcalc", "torch", "python", "kernels", "instructions", "threads", "devices"]
+    assert list(rows) == ["torchcalc", "torch", "python", "kernels", "instructions", "nodes", "threads", "devices"]
+    assert rows["nodes"] == "loaded"
     assert rows["kernels"].startswith("loaded from /")
     assert rows["instructions"] in ("baseline", "neon")
     assert rows["devices"].startswith("cpu")
@@ -219,11 +505,19 @@ def test_the_report() -> None:
     assert "pure PyTorch" in off.stdout
 
 
-def test_the_command_says_why_not(tmp_path: Path) -> None:
-    result = torchcalc("build", "--output", str(tmp_path), CXX="no-such-compiler")
-    assert result.returncode == 1
-    assert result.stderr.startswith("torchcalc: the kernels were not built: no-such-compiler could not be run")
-    assert torchcalc("build", "--sanitize").returncode == 2
+@pytest.mark.usefixtures("loops")
+def test_the_command_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["build", "--output", str(tmp_path)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("torchcalc: the kernels were not built: no-such-compiler could not be run")
+    (tmp_path / "file").write_text("")
+    assert main(["build", "--output", str(tmp_path / "file")]) == 1
+    assert "--output" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["build", "--sanitize"])
 
 
 @pytest.fixture
@@ -231,8 +525,8 @@ def project(tmp_path: Path) -> Path:
     """A project with our hook, and nothing else of ours that would have to be built."""
     source = tmp_path / "project" / "torchcalc"
     shutil.copytree(build.PACKAGE, source / "native", ignore=shutil.ignore_patterns("__pycache__", "libtorchcalc-*"))
-    (source / "__init__.py").write_text("")
-    (source.parent / ".gitignore").write_text("*.so\n*.dylib\n")
+    formula(source / "native", f"def sources():\n    return {GENERATED}\n")
+    (source.parent / ".gitignore").write_text("*.so\n*.so.sha256\n*.dylib\n*.dylib.sha256\n")
     (source.parent / "pyproject.toml").write_text(
         """
         [build-system]
@@ -267,23 +561,46 @@ def test_a_wheel_without_a_compiler_is_pure(project: Path) -> None:
     name, files, output = wheel(project, CXX="no-such-compiler")
     assert name == "torchcalc-1.0-py3-none-any.whl"
     assert "torchcalc/native/csrc/adam.cpp" in files  # to be compiled later
-    assert not any(file.endswith(".so") for file in files)
+    assert not any("libtorchcalc" in file for file in files)
     assert "without its CPU kernels" in output and "no-such-compiler" in output
 
 
-@pytest.mark.slow
-def test_a_wheel_holds_the_library(project: Path) -> None:
+def test_a_wheel_holds_the_libraries(project: Path, commands: Path) -> None:
+    (project / "torchcalc/native" / build.nodes_name("2.99.0")).write_bytes(b"")  # another environment's
     name, files, _ = wheel(project)
     assert name.startswith("torchcalc-1.0-py3-none-") and not name.endswith("-any.whl")
-    assert f"torchcalc/native/{build.library_name()}" in files
+    assert {f"torchcalc/native/{file}" for file in built()} == {file for file in files if "libtorchcalc" in file}
     assert "torchcalc/native/csrc/adam.cpp" in files
+
+
+def test_torch_is_found_under_build_isolation(project: Path, commands: Path, tmp_path: Path) -> None:
+    """As pip builds: only what the build requires can be imported, and torch lies in this Python's site-packages."""
+    isolated = tmp_path / "isolated"
+    isolated.mkdir()
+    for name in ("hatchling", "packaging", "pathspec", "pluggy", "trove_classifiers"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        (isolated / name).symlink_to(Path(spec.origin).parent)
+    hide = "import site, sys\nsys.path[:] = [path for path in sys.path if path not in site.getsitepackages()]\n"
+    (isolated / "sitecustomize.py").write_text(hide)
+    environment = {**os.environ, "PYTHONPATH": str(isolated), "PYTHONNOUSERSITE": "1"}
+    hidden = subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True, text=True)
+    assert "No module named 'torch'" in hidden.stderr
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "out"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=project, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (path,) = (project / "out").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        files = archive.namelist()
+    assert {f"torchcalc/native/{file}" for file in built()} <= set(files)
+    assert "loops.cpp" in commands.read_text()  # a Python that sees torch has generated it
 
 
 @pytest.mark.slow
 def test_a_fresh_build_loads(tmp_path: Path) -> None:
     result = torchcalc("build", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    library = tmp_path / build.library_name()
+    (library,) = tmp_path.glob(build.pattern())
     assert str(library) in result.stdout
     report = torchcalc(TORCHCALC_NATIVE_LIBRARY=str(library)).stdout
     assert f"loaded from {library}" in report

@@ -1,6 +1,8 @@
 """Finding and loading the library: what keeps it from loading is said, with the remedy, and nothing raises."""
 
+import hashlib
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,36 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHCALC_NATIVE_LIBRARY", raising=False)
 
 
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only directory where libraries are looked for."""
+    monkeypatch.setattr(build, "directories", lambda: [tmp_path])
+    return tmp_path
+
+
+def kernels() -> tuple[Path | None, str]:
+    """What becomes of the kernels here and now."""
+    loaded = load._load()
+    return loaded.kernels, loaded.why_not
+
+
+def put(content: bytes, path: Path) -> Path:
+    """A library as the build leaves it."""
+    path.write_bytes(content)
+    build._hash_file(path).write_text(hashlib.sha256(content).hexdigest() + "\n")
+    return path
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found is not loaded: a process takes the same operators once."""
+    monkeypatch.setattr(load, "_load_file", lambda path, problem: (path, problem))
+
+
+def name(generated: str = "") -> str:
+    return build.library_name({"generated.cpp": generated})
+
+
 def run(code: str, **environment: str) -> str:
     """The output of a fresh Python."""
     result = subprocess.run(
@@ -37,9 +69,51 @@ def test_loaded() -> None:
     assert path is not None and path.is_file()
 
 
-def test_the_environment_switches_it_off() -> None:
-    code = "from torchcalc import native; print(native.available(), native.library(), native.why_not())"
-    assert run(code, TORCHCALC_NATIVE="0").startswith("False None switched off by TORCHCALC_NATIVE=0")
+@pytest.mark.parametrize("value", ["0", "false", "False", "off", "no"])
+def test_the_environment_switches_it_off(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHCALC_NATIVE", value)
+    loaded = load._load()
+    assert loaded.kernels is None and loaded.nodes is None
+    assert loaded.why_not.startswith(f"switched off by TORCHCALC_NATIVE={value} in the environment")
+
+
+@pytest.mark.parametrize("value", ["", "1", "true", "ON", "yes"])
+def test_the_environment_leaves_it_on(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHCALC_NATIVE", value)
+    assert kernels() == (native.library(), "")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "accepted"),
+    [
+        ("TORCHCALC_NATIVE", "fasle", "0, false, off, no"),
+        ("TORCHCALC_NATIVE", "2", "1, true, on, yes"),
+        ("TORCHCALC_NATIVE_ISA", "avx-2", "avx512, avx2, baseline, neon"),
+        ("TORCHCALC_NATIVE_ISA", "AVX2", "avx512, avx2, baseline, neon"),
+    ],
+)
+def test_a_misspelt_wish_is_refused(variable: str, value: str, accepted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not ignored: kernels other than those that were asked for would be measured, or trusted."""
+    monkeypatch.setenv(variable, value)
+    loaded = load._load()
+    assert loaded.kernels is None and loaded.nodes is None and not loaded.intended
+    assert f"{variable}={value} is n" in loaded.why_not and accepted in loaded.why_not and "unset it" in loaded.why_not
+
+
+def test_one_warning_where_a_kernel_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_warned", False)
+    native.warn_once()  # the kernels are there
+    monkeypatch.setattr(load, "_loaded", load._load())
+    with pytest.warns(RuntimeWarning, match=rf"without its CPU kernels.*not built.*{REMEDY}"):
+        native.warn_once()
+    native.warn_once()
+
+
+def test_no_warning_where_they_were_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHCALC_NATIVE", "off")
+    monkeypatch.setattr(load, "_warned", False)
+    monkeypatch.setattr(load, "_loaded", load._load())
+    native.warn_once()
 
 
 def test_importing_loads_nothing() -> None:
@@ -47,24 +121,22 @@ def test_importing_loads_nothing() -> None:
     assert run(code) == "False"
 
 
-def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "directories", lambda: [tmp_path])
-    path, why = load._load()
+def test_not_built(place: Path) -> None:
+    path, why = kernels()
     assert path is None
-    assert "not built" in why and str(tmp_path) in why and REMEDY in why
+    assert "not built" in why and str(place) in why and REMEDY in why
 
 
-def test_built_from_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "directories", lambda: [tmp_path])
-    stale = tmp_path / build.library_name().replace(build.source_hash(), "0" * 16)
+def test_built_from_other_sources(place: Path) -> None:
+    stale = place / name().replace(build.source_hash(), "0" * 16)
     stale.write_bytes(b"")
-    path, why = load._load()
+    path, why = kernels()
     assert path is None
     assert str(stale) in why and "other sources" in why and REMEDY in why
 
 
 def test_every_source_and_option_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in build.SOURCES.iterdir():
+    for path in [path for path in build.SOURCES.iterdir() if path.is_file()]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     original = build.source_hash()
     monkeypatch.setattr(build, "SOURCES", tmp_path)
@@ -78,52 +150,128 @@ def test_every_source_and_option_counts(tmp_path: Path, monkeypatch: pytest.Monk
     assert build.source_hash() != original
 
 
-def test_a_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "directories", lambda: [tmp_path])
-    (tmp_path / build.library_name()).write_bytes(b"not a library")
-    path, why = load._load()
+def test_a_broken_file(place: Path) -> None:
+    put(b"not a library", place / name())
+    path, why = kernels()
     assert path is None
     assert "does not load" in why and torch.__version__ in why and REMEDY in why
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems load other files")
 @pytest.mark.parametrize("share", [0.0, 1e-4, 0.01, 0.3, 0.6, 0.99])
-def test_a_file_that_was_cut_short(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_was_cut_short(share: float, place: Path) -> None:
     """The loader would map it, and the process end at the first page that is not there."""
     whole = native.library()
     assert whole is not None
-    monkeypatch.setattr(build, "directories", lambda: [tmp_path])
     data = whole.read_bytes()
-    (tmp_path / build.library_name()).write_bytes(data[: int(share * len(data))])
-    path, why = load._load()
+    put(data, place / name()).write_bytes(data[: int(share * len(data))])
+    path, why = kernels()
     assert path is None
-    assert ("cut short" in why or "does not load" in why) and REMEDY in why
+    assert "damaged" in why and REMEDY in why
+
+
+def test_a_file_without_its_hash(place: Path) -> None:
+    build._hash_file(put(b"library", place / name())).unlink()
+    path, why = kernels()
+    assert path is None
+    assert ".sha256 cannot be read" in why and REMEDY in why
+
+
+def test_the_newest_that_is_whole(place: Path) -> None:
+    """Of libraries with the same C++ and other generated loops; a damaged one keeps no other from being loaded."""
+    first, second, damaged = (put(b"library", place / name(text)) for text in ("a", "b", "c"))
+    damaged.write_bytes(b"")
+    for path, time in ((first, 3), (second, 2), (damaged, 4)):
+        os.utime(path, (time, time))
+    assert load._find_kernels() == (first, "")
+    os.utime(second, (5, 5))
+    assert load._find_kernels() == (second, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners here")
+class TestAStrangersFile:
+    """Its code would run in our process: in the cache directory, nobody but the user and root may have put it there."""
+
+    @pytest.mark.parametrize("what", ["directory", "library"])
+    @pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+    def test_others_can_write(self, what: str, mode: int, place: Path) -> None:
+        library = put(b"library", place / name())
+        (place if what == "directory" else library).chmod(mode)
+        path, why = kernels()
+        assert path is None
+        assert "can be written by others" in why and f"mode {mode:o}" in why and "chmod go-w" in why
+
+    @pytest.mark.parametrize("what", ["directory", "library"])
+    def test_another_owner(self, what: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        library = put(b"library", place / name())
+        foreign, ask = place if what == "directory" else library, Path.stat
+
+        def status(path: Path, **options: bool) -> os.stat_result:
+            result = ask(path, **options)
+            return os.stat_result((*result[:4], os.getuid() + 4321, *result[5:10])) if path == foreign else result
+
+        monkeypatch.setattr(Path, "stat", status)
+        path, why = kernels()
+        assert path is None
+        assert f"belongs to another user (uid {os.getuid() + 4321})" in why and "XDG_CACHE_HOME" in why
+
+    @pytest.mark.usefixtures("unloaded")
+    def test_the_nodes_as_well(self, place: Path) -> None:
+        put(b"kernels", place / name())
+        put(b"nodes", place / build.nodes_name(torch.__version__)).chmod(0o777)
+        loaded = load._load()
+        assert loaded.kernels == place / name()
+        assert loaded.nodes is None and "can be written by others" in loaded.why_no_nodes
+
+    def test_the_package_is_trusted_as_its_python_is(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(build, "PACKAGE", place)
+        library = put(b"library", place / name())
+        library.chmod(0o775)  # an installer under umask 002
+        assert load._find_kernels() == (library, "")
+        library.chmod(0o777)
+        others_write_python = Path(build.__file__).stat().st_mode & stat.S_IWOTH
+        assert ("can be written by others" in kernels()[1]) != bool(others_write_python)
+
+
+def test_nodes() -> None:
+    assert native.nodes(), native.why_no_nodes()
+    assert native.why_no_nodes() == ""
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_nodes_are_bound_to_their_torch(place: Path) -> None:
+    put(b"kernels", place / name())
+    put(b"nodes", place / build.nodes_name("2.99.0+cpu"))
+    loaded = load._load()
+    assert loaded.kernels is not None and loaded.nodes is None
+    assert (
+        "not built for this torch" in loaded.why_no_nodes and torch.__version__.replace("+", "_") in loaded.why_no_nodes
+    )
+    assert REMEDY in loaded.why_no_nodes
 
 
 def test_a_library_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = native.library()
     assert loaded is not None
     monkeypatch.setenv("TORCHCALC_NATIVE_LIBRARY", str(tmp_path / "none.so"))
-    path, why = load._load()
+    path, why = kernels()
     assert path is None and "is not a file" in why
 
     other = tmp_path / "other.so"
     monkeypatch.setenv("TORCHCALC_NATIVE_LIBRARY", str(other))
     other.write_bytes(loaded.read_bytes().replace(build.source_hash().encode(), b"0" * 16))
-    path, why = load._load()
+    path, why = kernels()
     assert path is None and "other sources" in why
 
     other.write_bytes(loaded.read_bytes())
-    assert load._find() == (other, "")
+    assert load._find_kernels() == (other, "")
 
 
 def test_trouble_while_looking_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise PermissionError("csrc is locked")
 
-    monkeypatch.setattr(build, "library_name", broken)
-    for name, value in dict(_tried=False, _library=None, _why_not="").items():
-        monkeypatch.setattr(load, name, value)
+    monkeypatch.setattr(build, "pattern", broken)
+    monkeypatch.setattr(load, "_loaded", None)
     assert not native.available()
     assert "csrc is locked" in native.why_not()
 

@@ -104,6 +104,52 @@ CASES = (
         ),
     ),
     Case(
+        ours.RAdam,
+        torch.optim.RAdam,
+        (
+            dict(lr=0.01),
+            dict(lr=0.01, betas=(0.9, 0.9), weight_decay=0.1, maximize=True),
+            dict(lr=0.01, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.1, decoupled_weight_decay=True),  # ρ∞ = 4
+            dict(lr=tensor(0.01)),
+        ),
+    ),
+    Case(
+        ours.Adamax,
+        torch.optim.Adamax,
+        (
+            dict(lr=0.01),
+            dict(lr=0.01, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1, maximize=True),
+            dict(lr=tensor(0.01)),
+        ),
+    ),
+    Case(
+        ours.Adadelta,
+        torch.optim.Adadelta,
+        (
+            dict(lr=0.1),
+            dict(lr=1.0, rho=0.5, eps=1e-3, weight_decay=0.1, maximize=True),
+            dict(lr=tensor(0.1)),
+        ),
+    ),
+    Case(
+        ours.ASGD,
+        torch.optim.ASGD,
+        (
+            dict(lr=0.1),
+            dict(lr=0.1, lambd=0.1, alpha=0.5, t0=3, weight_decay=0.1, maximize=True),
+            dict(lr=tensor(0.1), lambd=0.1, t0=0),
+        ),
+    ),
+    Case(
+        ours.Rprop,
+        torch.optim.Rprop,
+        (
+            dict(lr=0.01),
+            dict(lr=0.01, etas=(0.3, 1.7), step_sizes=(1e-3, 0.02), maximize=True),
+            dict(lr=tensor(0.01)),
+        ),
+    ),
+    Case(
         ours.Lion,
         None,
         (
@@ -122,6 +168,9 @@ CASES = (
     ),
 )
 TWINS = tuple(case for case in CASES if case.twin is not None)
+
+#: State that is one number for each parameter, whatever the parameter's dtype.
+NUMBERS = ("step", "mu_product", "eta", "mu")
 
 #: Without a CUDA device its rows are left out; test_parity.py has one skipped test that says so.
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

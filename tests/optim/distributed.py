@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from tests.optim.cases import CASES, build, has_tensors, run
+from tests.optim.cases import CASES, NUMBERS, build, has_tensors, run
 from torchcalc import optim as ours
 
 SCENARIOS: dict[str, Callable[[], None]] = {}
@@ -90,7 +90,7 @@ def fully_sharded_as_unsharded() -> None:
                 # A kernel's vector loop and its remainder may round differently: 1 ulp a step.
                 equal(full(p.detach()), q.detach(), **({} if options else dict(rtol=2**-21, atol=2**-24)))
                 for key, x in optimizer.state[p].items():
-                    assert isinstance(x, DTensor) == (key not in ("step", "mu_product")), (case.name, key)
+                    assert isinstance(x, DTensor) == (key not in NUMBERS), (case.name, key)
 
 
 @scenario

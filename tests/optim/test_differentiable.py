@@ -63,6 +63,10 @@ DERIVATIVES: list[tuple[Any, dict[str, Any], dict[str, tuple[float, ...]]]] = [
     (ours.Adagrad, dict(lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.1), dict(lr=(0.1,))),
     (ours.NAdam, dict(weight_decay=0.1), dict(lr=(0.1,))),
     (ours.NAdam, dict(decoupled_weight_decay=True, weight_decay=0.1), dict(lr=(0.1,))),
+    (ours.RAdam, dict(betas=(0.5, 0.999), weight_decay=0.1), dict(lr=(0.1,))),
+    (ours.Adamax, dict(weight_decay=0.1), dict(lr=(0.1,))),
+    (ours.Adadelta, dict(weight_decay=0.1, eps=0.1), dict(lr=(0.1,))),
+    (ours.ASGD, dict(lambd=0.1, t0=1, weight_decay=0.1), dict(lr=(0.1,))),
     (ours.Lion, dict(weight_decay=0.1), dict(lr=(0.1,))),
 ]
 

@@ -74,12 +74,15 @@ def test_layouts_change_nothing(
 
     expected = trained(contiguous, contiguous)
     for grad_layout in LAYOUTS:
-        close(trained(layout, grad_layout), expected)
+        close(trained(layout, grad_layout), expected, config)
 
 
-def close(a: Any, b: Any) -> None:
-    """Equal but for the order in which a vector loop and its remainder round: 2 ulp of float32."""
-    torch.testing.assert_close(a, b, rtol=2**-22, atol=2**-23)
+def close(a: Any, b: Any, config: dict[str, Any]) -> None:
+    """Equal but for the order in which a vector loop and its remainder round: 2 ulp of float32.
+
+    With centered, v − m² has lost some digits before its root is divided by.
+    """
+    torch.testing.assert_close(a, b, rtol=2**-22, atol=2**-19 if config.get("centered") else 2**-23)
 
 
 @pytest.mark.parametrize("options_index", range(4))
@@ -109,7 +112,7 @@ def test_a_model_turned_channels_last_in_mid_training(case: Case, options_index:
             {k: v.contiguous() for k, v in optimizer.state[p].items()} for p in params
         ]
 
-    close(trained(True), trained(False))
+    close(trained(True), trained(False), config)
 
 
 @each_path()

@@ -16,6 +16,7 @@ from tests.optim.cases import (
     CASES,
     DEVICES,
     DTYPES,
+    NUMBERS,
     TWINS,
     Case,
     build,
@@ -32,6 +33,7 @@ from tests.optim.cases import (
 )
 
 STEPS = 25
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the tables' rows for cuda are left out")
@@ -42,7 +44,7 @@ def test_the_tables_have_rows_for_cuda() -> None:
 LOOP: dict[str, Any] = dict(foreach=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in HALVES], ids=str)
 @each_config(TWINS)
 def test_loop_equals_torch_bit_for_bit(case: Case, config: dict[str, Any], dtype: torch.dtype) -> None:
     """Missing gradients, late first ones, 0-d and empty parameters are among them."""
@@ -144,8 +146,7 @@ def test_every_path_is_within_one_ulp_a_step(
         optimizer = build(cls, copies, hyper, **options)
         for p, copied in zip(params, copies, strict=True):
             optimizer.state[copied] = {
-                key: x.clone() if key in ("step", "mu_product") else x.to(to, copy=True)
-                for key, x in warm.state[p].items()
+                key: x.clone() if key in NUMBERS else x.to(to, copy=True) for key, x in warm.state[p].items()
             }
         run(optimizer, [[g.to(to) for g in step if g is not None] for step in grads])
         return copies, [optimizer.state[p] for p in copies]
@@ -181,6 +182,46 @@ def plain(config: dict[str, Any]) -> dict[str, Any]:
         return tuple(map(number, x)) if isinstance(x, tuple) else x.item() if isinstance(x, Tensor) else x
 
     return {k: number(v) for k, v in config.items()}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@each_path()
+def test_halves_are_rounded_once(
+    case: Case, config: dict[str, Any], options: dict[str, Any], device: str, dtype: torch.dtype, layout: str
+) -> None:
+    """Along every path the new weight and state are those of float64, to the nearest: half an ulp, and float32's error."""
+
+    def stored(x: Tensor) -> Tensor:
+        return torch.stack([x, x], dim=-1)[..., 0] if layout == "strided" else x.clone()
+
+    start = parameters(dtype, device)
+    first, second = gradients(start, 2, missing=False)
+    grads = [[g.mul(1e-3) for g in step if g is not None] for step in (first, second)]  # squares of 1e-6, and smaller
+    mine = [torch.nn.Parameter(stored(p.detach())) for p in start]
+    optimizer = build(case.cls, mine, config, **options)
+    for p, g in zip(mine, grads[0], strict=True):
+        p.grad = stored(g)
+    optimizer.step()
+    old = [p.detach().double() for p in mine]
+    exact = [torch.nn.Parameter(p.clone()) for p in old]
+    truth = build(case.cls, exact, config, foreach=False)
+    for p, q in zip(mine, exact, strict=True):
+        truth.state[q] = {
+            k: x.clone() if x.dtype == torch.float32 else x.double() for k, x in optimizer.state[p].items()
+        }
+        q.grad = None
+    for p, q, g in zip(mine, exact, grads[1], strict=True):
+        p.grad, q.grad = stored(g), g.double()
+    optimizer.step()
+    truth.step()
+    for p, q, before in zip(mine, exact, old, strict=True):
+        pairs = [(p, q), *((optimizer.state[p][k], x) for k, x in truth.state[q].items() if x.dtype == torch.float64)]
+        for found, right in pairs:
+            right = right.detach()
+            error = (found.detach().double() - right).abs()
+            size = torch.maximum(right.abs(), (right - before).abs()) if found is p else right.abs()
+            assert (error <= 0.5 * ulp(right.to(dtype)) + 1e-5 * size).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

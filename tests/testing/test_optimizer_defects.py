@@ -222,7 +222,8 @@ RIGHT: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
         "SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop",
     )),
     *((getattr(ours, name), getattr(torch.optim, name, None), {}) for name in (
-        "SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Lion", "GradientDescent",
+        "SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop", "Lion",
+        "GradientDescent",
     )),
     (ours.SGD, torch.optim.SGD, NESTEROV),
     (ours.SGD, torch.optim.SGD, dict(momentum=0.9, dampening=0.3, weight_decay=0.1, fused=True)),

@@ -13,52 +13,40 @@ The maps are elementwise, J = diag(y') = Jᵀ: backward and jvp are the same pro
 """
 
 import math
-from typing import Any
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchcalc.autograd import Function
-from torchcalc.promotion import like, widen
+from torchcalc.formula import Term, pointwise
 
 __all__ = ["GELU", "gelu"]
 
 
-def gelu_grad(x: Tensor) -> Tensor:
-    cdf = 0.5 * torch.erfc(x * -math.sqrt(0.5))  # erfc keeps the digits of the left tail, which 1 + erf cancels
-    pdf = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return cdf + x * pdf  # (1)
+def value(x: Term) -> Term:
+    return x * (0.5 * (x * -math.sqrt(0.5)).erfc())  # erfc keeps the digits of the left tail, which 1 + erf cancels
 
 
-def gelu_tanh_grad(x: Tensor) -> Tensor:
-    k = math.sqrt(2 / math.pi)
-    t = torch.tanh(k * (x + 0.044715 * x**3))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (k * (1 + 3 * 0.044715 * x * x))  # (2)
+def slope(x: Term) -> Term:
+    z = x * -math.sqrt(0.5)
+    return 0.5 * z.erfc() + x * ((-(z * z)).exp() * (1 / math.sqrt(2 * math.pi)))  # (1)
 
 
-class GELUFunction(Function):
-    autocast = "off"
+def tanh_value(x: Term) -> Term:
+    return 0.5 * x * (1 + u(x).tanh())
 
-    @staticmethod
-    def forward(x: Tensor, approximate: str) -> Tensor:
-        return F.gelu(x, approximate=approximate)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, approximate = inputs
-        ctx.save_for_backward(x)
-        ctx.derivative = gelu_grad if approximate == "none" else gelu_tanh_grad
+def tanh_slope(x: Term) -> Term:
+    t = u(x).tanh()
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x))  # (2)
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return like(grad_output * ctx.derivative(widen(x)), x), None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return like(tangent * ctx.derivative(widen(x)), x)
+def u(x: Term) -> Term:
+    return math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+
+
+_gelu = pointwise("GELU", value, slope, torch_value=F.gelu)
+_gelu_tanh = pointwise("GELUTanh", tanh_value, tanh_slope, torch_value=partial(F.gelu, approximate="tanh"))
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -82,7 +70,11 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     >>> y.item(), x.grad.item()
     (0.0, 0.5)
     """
-    return GELUFunction.apply(input, approximate)
+    if approximate == "none":
+        return _gelu(input)
+    if approximate != "tanh":
+        raise RuntimeError(f"approximate is {approximate!r}; it must be 'none' or 'tanh'")
+    return _gelu_tanh(input)
 
 
 class GELU(nn.GELU):

@@ -12,34 +12,23 @@ selection. Saves y; x need not stay alive.
 Reference: Nair, Hinton 2010, "Rectified linear units improve restricted Boltzmann machines".
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from torchcalc.autograd import Function
+from torchcalc.formula import Term, pointwise, where
 
 __all__ = ["ReLU", "relu"]
 
 
-class ReLUFunction(Function):
-    autocast = "off"
+def value(x: Term) -> Term:
+    return where(x <= 0, 0, x)  # NaN is not ≤ 0 and stays
 
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.relu(x)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output)
+def slope(y: Term, g: Term) -> Term:
+    return where(y <= 0, 0, g)  # (1) times g
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        # (1); the 0 is y itself, which it is there: so the second derivative is zero, and not "unused in the graph"
-        return torch.where(y <= 0, y, grad_output)
 
-    jvp = backward  # J is diagonal
+_relu = pointwise("ReLU", value, slope, torch_value=torch.relu)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -65,7 +54,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     >>> y.tolist(), x.grad.tolist()
     ([0.0, 0.0, 2.0], [0.0, 0.0, 1.0])
     """
-    result = ReLUFunction.apply(input)
+    result = _relu(input)
     return input.copy_(result) if inplace else result
 
 

@@ -12,41 +12,23 @@ stay alive.
 Reference: Rumelhart, Hinton, Williams 1986, doi:10.1038/323533a0.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from torchcalc.autograd import Function
-from torchcalc.promotion import like, widen
+from torchcalc.formula import Term, pointwise
 
 __all__ = ["Sigmoid", "sigmoid"]
 
 
-def sigmoid_grad(y: Tensor) -> Tensor:
+def value(x: Term) -> Term:
+    return x.sigmoid()
+
+
+def slope(y: Term) -> Term:
     return y * (1 - y)  # (1)
 
 
-class SigmoidFunction(Function):
-    autocast = "off"
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.sigmoid(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return like(grad_output * sigmoid_grad(widen(y)).conj(), y)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return like(tangent * sigmoid_grad(widen(y)), y)
+_sigmoid = pointwise("Sigmoid", value, slope, torch_value=torch.sigmoid)
 
 
 def sigmoid(input: Tensor) -> Tensor:
@@ -66,7 +48,7 @@ def sigmoid(input: Tensor) -> Tensor:
     >>> y.item(), x.grad.item()
     (0.5, 0.25)
     """
-    return SigmoidFunction.apply(input)
+    return _sigmoid(input)
 
 
 class Sigmoid(nn.Sigmoid):

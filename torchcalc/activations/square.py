@@ -8,41 +8,24 @@ The map is elementwise, J = diag(y') = Jᵀ: backward and jvp are the same produ
 the product with Jᴴ, as torch defines it. Saves x.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from torchcalc.autograd import Function
+from torchcalc.formula import Term, pointwise
 from torchcalc.promotion import autocasts_to_float32
 
 __all__ = ["Square", "square"]
 
 
-def square_grad(x: Tensor) -> Tensor:
+def value(x: Term) -> Term:
+    return x * x
+
+
+def slope(x: Term) -> Term:
     return 2 * x  # (1)
 
 
-class SquareFunction(Function):
-    autocast = "off"
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.square(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad_output * square_grad(x).conj()
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return tangent * square_grad(x)
+_square = pointwise("Square", value, slope, torch_value=torch.square)
 
 
 def square(input: Tensor) -> Tensor:
@@ -60,7 +43,7 @@ def square(input: Tensor) -> Tensor:
     >>> y.item(), x.grad.item()
     (9.0, 6.0)
     """
-    return SquareFunction.apply(input.float() if autocasts_to_float32(input) else input)
+    return _square(input.float() if autocasts_to_float32(input) else input)
 
 
 class Square(nn.Module):

@@ -11,41 +11,23 @@ stay alive.
 Reference: LeCun, Bottou, Orr, Müller 1998, "Efficient BackProp", doi:10.1007/3-540-49430-8_2.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from torchcalc.autograd import Function
-from torchcalc.promotion import like, widen
+from torchcalc.formula import Term, pointwise
 
 __all__ = ["Tanh", "tanh"]
 
 
-def tanh_grad(y: Tensor) -> Tensor:
+def value(x: Term) -> Term:
+    return x.tanh()
+
+
+def slope(y: Term) -> Term:
     return 1 - y * y  # (1)
 
 
-class TanhFunction(Function):
-    autocast = "off"
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.tanh(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return like(grad_output * tanh_grad(widen(y)).conj(), y)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return like(tangent * tanh_grad(widen(y)), y)
+_tanh = pointwise("Tanh", value, slope, torch_value=torch.tanh)
 
 
 def tanh(input: Tensor) -> Tensor:
@@ -65,7 +47,7 @@ def tanh(input: Tensor) -> Tensor:
     >>> y.item(), x.grad.item()
     (0.0, 1.0)
     """
-    return TanhFunction.apply(input)
+    return _tanh(input)
 
 
 class Tanh(nn.Tanh):

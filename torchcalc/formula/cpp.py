@@ -7,11 +7,13 @@ and add.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 
-from torchcalc.formula.code import Language
-from torchcalc.formula.expression import INFIX, UNARY
+from torchcalc.formula.code import Language, assignments
+from torchcalc.formula.expression import INFIX, UNARY, Expression, walk
 
-__all__ = ["CPP"]
+__all__ = ["CPP", "is_heavy", "kernel"]
 
 
 def number(x: float) -> str:
@@ -41,6 +43,7 @@ CPP = Language(
     element={
         **{op: f"math::{op}<Fma>({{}})" for op in UNARY},
         **_COMMON,
+        "pow": "math::pow<Fma>({}, {})",
         "fma": "fma<Fma>({}, {}, {})",
     },
     uniform={
@@ -57,3 +60,70 @@ CPP = Language(
     literal=lambda x: f"T({number(x)})",
     uniform_literal=number,
 )
+
+
+def kernel(name: str, arguments: Sequence[str], parameters: Sequence[str], expression: Expression) -> str:
+    """The struct of one kernel (see ``native/csrc/pointwise.h``): a loop that computes the expression.
+
+    Args:
+        name: of the struct.
+        arguments: names of the arrays, in the order in which they are given at run time.
+        parameters: names of the numbers, likewise.
+        expression: of these.
+    """
+
+    def called(e: Expression) -> str:
+        return f"x_{e.args[0]}" if e.op == "input" else f"p_{e.args[0]}"
+
+    code = assignments({"out": expression}, CPP, called)
+    used = {a.name for a in code.uniform if any(_uses(a.name, b.text) for b in code.element)} | set(
+        code.results.values()
+    )
+    body = [
+        *(f"const double p_{p} = parameters[{i}];" for i, p in enumerate(parameters) if p in expression.parameters()),
+        *(
+            f"const {'bool' if a.expression.is_condition else 'double'} {a.name}_ = {_uniform(a.text)};"
+            for a in code.uniform
+        ),
+        *(
+            f"const {'bool' if a.expression.is_condition else 'T'} {a.name} = "
+            f"{a.name + '_' if a.expression.is_condition else f'number<T>({a.name}_)'};"
+            for a in code.uniform
+            if a.name in used
+        ),
+        *(f"const T* const a_{name} = in[{i}];" for i, name in enumerate(arguments) if name in expression.inputs()),
+        "TC_INDEPENDENT",
+        "for (int64_t i = 0; i < n; ++i) {",
+        *(f"  const T x_{name} = a_{name}[i];" for name in arguments if name in expression.inputs()),
+        *(f"  const {'bool' if a.expression.is_condition else 'T'} {a.name} = {a.text};" for a in code.element),
+        f"  out[i] = {code.results['out']};",
+        "}",
+    ]
+    lines = "\n".join("    " + line for line in body)
+    return (
+        f"// {expression}\n"
+        f"struct {name} {{\n"
+        "  template <class T, bool Fma>\n"
+        "  static TC_INLINE void run(int64_t n, const T* const* in, T* out, const double* parameters) {\n"
+        "    (void)in, (void)parameters;\n"
+        f"{lines}\n"
+        "  }\n"
+        "};\n"
+    )
+
+
+def _uses(name: str, text: str) -> bool:
+    return re.search(rf"\b{name}\b", text) is not None
+
+
+def _uniform(text: str) -> str:
+    """Uniform numbers are made of each other in double precision, where their names end in an underscore."""
+    return re.sub(r"\b(u\d+)\b", r"\1_", text)
+
+
+_HEAVY = {"erf", "erfc", "exp", "expm1", "log", "log1p", "pow", "sigmoid", "tanh", "sin", "cos"}
+
+
+def is_heavy(expression: Expression) -> bool:
+    """Whether an element costs more than moving it."""
+    return any(e.op in _HEAVY for e in walk([expression]) if not e.is_uniform)

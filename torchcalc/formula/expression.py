@@ -213,22 +213,53 @@ class Expression:
     def conj(self) -> Expression:
         return self  # formulas are recorded for real numbers
 
-    def abs(self) -> Expression: return unary("abs", self)  # noqa: E704
-    def cos(self) -> Expression: return unary("cos", self)  # noqa: E704
-    def erf(self) -> Expression: return unary("erf", self)  # noqa: E704
-    def erfc(self) -> Expression: return unary("erfc", self)  # noqa: E704
-    def exp(self) -> Expression: return unary("exp", self)  # noqa: E704
-    def expm1(self) -> Expression: return unary("expm1", self)  # noqa: E704
-    def floor(self) -> Expression: return unary("floor", self)  # noqa: E704
-    def log(self) -> Expression: return unary("log", self)  # noqa: E704
-    def log1p(self) -> Expression: return unary("log1p", self)  # noqa: E704
-    def neg(self) -> Expression: return unary("neg", self)  # noqa: E704
-    def rsqrt(self) -> Expression: return unary("rsqrt", self)  # noqa: E704
-    def sgn(self) -> Expression: return unary("sgn", self)  # noqa: E704
-    def sigmoid(self) -> Expression: return unary("sigmoid", self)  # noqa: E704
-    def sin(self) -> Expression: return unary("sin", self)  # noqa: E704
-    def sqrt(self) -> Expression: return unary("sqrt", self)  # noqa: E704
-    def tanh(self) -> Expression: return unary("tanh", self)  # noqa: E704
+    def abs(self) -> Expression:
+        return unary("abs", self)
+
+    def cos(self) -> Expression:
+        return unary("cos", self)
+
+    def erf(self) -> Expression:
+        return unary("erf", self)
+
+    def erfc(self) -> Expression:
+        return unary("erfc", self)
+
+    def exp(self) -> Expression:
+        return unary("exp", self)
+
+    def expm1(self) -> Expression:
+        return unary("expm1", self)
+
+    def floor(self) -> Expression:
+        return unary("floor", self)
+
+    def log(self) -> Expression:
+        return unary("log", self)
+
+    def log1p(self) -> Expression:
+        return unary("log1p", self)
+
+    def neg(self) -> Expression:
+        return unary("neg", self)
+
+    def rsqrt(self) -> Expression:
+        return unary("rsqrt", self)
+
+    def sgn(self) -> Expression:
+        return unary("sgn", self)
+
+    def sigmoid(self) -> Expression:
+        return unary("sigmoid", self)
+
+    def sin(self) -> Expression:
+        return unary("sin", self)
+
+    def sqrt(self) -> Expression:
+        return unary("sqrt", self)
+
+    def tanh(self) -> Expression:
+        return unary("tanh", self)
 
     sign = sgn
     __abs__ = abs

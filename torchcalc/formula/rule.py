@@ -70,6 +70,11 @@ class Recording:
         lines += [f"{name} {places[e]}" for name, e in self.outputs.items()]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
+    @property
+    def number(self) -> int:
+        """The hash as a signed integer of 64 bits."""
+        return int.from_bytes(bytes.fromhex(self.hash), signed=True)
+
 
 def is_number(x: Any) -> bool:
     """Whether an argument of a rule is a parameter of its kernel; flags and None are not."""
@@ -139,6 +144,9 @@ class Cell:
     def copy_(self, other: Cell) -> Cell:
         self.value = _plain(other)
         return self
+
+    def masked_fill(self, mask: Cell, value: float) -> Cell:
+        return Cell(expression.where(mask.value, value, self.value))
 
     def __getattr__(self, name: str) -> Callable[..., Cell]:
         function = getattr(self.value, _OPERATORS.get(name, name.removesuffix("_")))

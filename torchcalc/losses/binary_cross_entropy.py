@@ -1,14 +1,15 @@
 """Binary cross-entropy of logits:  ℓ = -p·t·log σ(x) - (1 - t)·log(1 - σ(x)),  p the weight of the positive class.
 
-Derivation.  log(1 - σ(x)) = log σ(x) - x, so that with s = -log σ(x) = log(1 + e⁻ˣ), which does not overflow,
+Derivation.  With s(x) = log(1 + eˣ) = max(x, 0) + log(1 + e^-|x|), which does not overflow, -log σ(x) = s(-x) and
+-log(1 - σ(x)) = s(x), so
 
-    ℓ = (1 - t)·x + c·s,   c = 1 + (p - 1)·t.                                     (1)
+    ℓ = p·t·s(-x) + (1 - t)·s(x),   where 0·∞ = 0: a certain and right answer costs nothing.  (1)
 
-s' = -σ(-x) = σ(x) - 1, hence ∂ℓ/∂x = (1 - t) + c·σ(x) - c, that is
+s'(x) = σ(x), hence
 
-    ∂ℓ/∂x = c·σ(x) - p·t,   for p = 1:  σ(x) - t,                                 (2)
-    ∂ℓ/∂t = (p - 1)·s - x,                                                        (3)
-    ∂ℓ/∂p = t·s.                                                                  (4)
+    ∂ℓ/∂x = (1 - t)·σ(x) - p·t·σ(-x),   for p = 1:  σ(x) - t,                     (2)
+    ∂ℓ/∂t = p·s(-x) - s(x),                                                       (3)
+    ∂ℓ/∂p = t·s(-x).                                                              (4)
 
 (2) is prediction minus target: where the sigmoid is flat, its vanishing slope has cancelled against that of the
 logarithm, so a confident error still learns. The loss is L = reduce(w·ℓ), a mean being over the number of elements.
@@ -17,74 +18,54 @@ Saves its arguments.
 Reference: Cox 1958, "The regression analysis of binary sequences", doi:10.1111/j.2517-6161.1958.tb00292.x.
 """
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import _reduction
 
-from torchcalc.autograd import Function
-from torchcalc.losses.reduction import per_element, reduce, resolve
-from torchcalc.promotion import like, unbroadcast, widen
+from torchcalc.formula import Term, loss, maximum, where
+from torchcalc.losses.reduction import resolve
 
 __all__ = ["BCEWithLogitsLoss", "binary_cross_entropy_with_logits"]
 
 
-def value(x: Tensor, t: Tensor, p: Tensor | int) -> Tensor:
-    return (1 - t) * x - (1 + (p - 1) * t) * F.logsigmoid(x)  # (1)
+def softplus(x: Term) -> Term:
+    """s of the derivation."""
+    return maximum(x, 0) + (-x.abs()).exp().log1p()
 
 
-def slope_x(x: Tensor, t: Tensor, p: Tensor | int) -> Tensor:
-    return (1 + (p - 1) * t) * torch.sigmoid(x) - p * t  # (2)
+def times(c: Term, s: Term) -> Term:
+    """c·s, 0 where c is 0."""
+    return where(c == 0, 0, c * s)
 
 
-def slope_t(x: Tensor, p: Tensor | int) -> Tensor:
-    return (1 - p) * F.logsigmoid(x) - x  # (3)
+def value(x: Term, t: Term) -> Term:
+    return times(t, softplus(-x)) + times(1 - t, softplus(x))  # (1)
 
 
-def slope_p(x: Tensor, t: Tensor) -> Tensor:
-    return -t * F.logsigmoid(x)  # (4)
+def slope_x(x: Term, t: Term) -> Term:
+    return x.sigmoid() - t  # (2)
 
 
-class BCEWithLogitsFunction(Function):
-    autocast = "float32"
+def slope_t(x: Term) -> Term:
+    return -x  # (3): s(-x) - s(x)
 
-    @staticmethod
-    def forward(x: Tensor, t: Tensor, w: Tensor | None, p: Tensor | None, reduction: str) -> Tensor:
-        enum = _reduction.get_enum(reduction)
-        loss = torch.binary_cross_entropy_with_logits(widen(x), widen(t), widen(w), widen(p), enum)
-        return like(loss, t)  # torch computes in place in a tensor of the dtype of 1 - t
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.reduction = inputs
-        ctx.save_for_backward(*tensors)
+def weighted_value(x: Term, t: Term, p: Term) -> Term:
+    return times(p * t, softplus(-x)) + times(1 - t, softplus(x))  # (1)
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, t, w, p = ctx.saved_tensors
-        X, T, W, P = widen(x), widen(t), 1 if w is None else widen(w), 1 if p is None else widen(p)
-        need_x, need_t, need_w, need_p, _ = ctx.needs_input_grad
-        g = per_element(widen(grad_output), ctx.reduction, x.numel())
-        return (
-            like(g * W * slope_x(X, T, P), x) if need_x else None,
-            like(g * W * slope_t(X, P), t) if need_t else None,
-            unbroadcast(g * value(X, T, P), w) if need_w else None,
-            unbroadcast(g * W * slope_p(X, T), p) if need_p else None,
-            None,
-        )
 
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor, dt: Tensor, dw: Tensor | None, dp: Tensor | None, _: None) -> Tensor:
-        x, t, w, p = ctx.saved_tensors
-        X, T, W, P = widen(x), widen(t), 1 if w is None else widen(w), 1 if p is None else widen(p)
-        change = W * (slope_x(X, T, P) * dx + slope_t(X, P) * dt)
-        if dp is not None:
-            change = change + W * slope_p(X, T) * dp
-        if dw is not None:
-            change = change + value(X, T, P) * dw
-        return like(reduce(change, ctx.reduction), t)
+def weighted_slope_x(x: Term, t: Term, p: Term) -> Term:
+    return (1 - t) * x.sigmoid() - p * t * (-x).sigmoid()  # (2)
+
+
+def weighted_slope_t(x: Term, p: Term) -> Term:
+    return times(p, softplus(-x)) - softplus(x)  # (3)
+
+
+def slope_p(x: Term, t: Term) -> Term:
+    return times(t, softplus(-x))  # (4)
+
+
+_bce = loss("BCEWithLogitsLoss", value, slope_x, slope_t)
+_weighted_bce = loss("BCEWithLogitsPosWeightLoss", weighted_value, weighted_slope_x, weighted_slope_t, slope_p)
 
 
 def binary_cross_entropy_with_logits(
@@ -129,7 +110,11 @@ def binary_cross_entropy_with_logits(
     reduction = resolve(reduction, size_average, reduce)
     if target.size() != input.size():
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
-    return BCEWithLogitsFunction.apply(input, target, weight, pos_weight, reduction)
+    if weight is not None:
+        weight.expand(input.shape)  # raises where it does not fit
+    if pos_weight is None:
+        return _bce(input, target, weight, reduction, False)
+    return _weighted_bce(input, target, pos_weight.expand(input.shape), weight, reduction, False)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):

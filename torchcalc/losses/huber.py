@@ -14,17 +14,22 @@ Reference: Huber 1964, "Robust estimation of a location parameter", doi:10.1214/
 import torch
 from torch import Tensor, nn
 
-from torchcalc.losses.reduction import resolve, weighted
+from torchcalc.formula import Term, where
+from torchcalc.losses.reduction import resolve
 from torchcalc.losses.residual import broadcast, check_weight, residual_loss
 
 __all__ = ["HuberLoss", "huber_loss"]
 
 
-def slope(d: Tensor, delta: float) -> Tensor:
-    return torch.where(d.abs() >= delta, delta * torch.sgn(d), d)  # (1); NaN is not ≥ δ and stays NaN
+def value(d: Term, *, delta: float) -> Term:
+    return where(d.abs() <= delta, 0.5 * d * d, delta * (d.abs() - 0.5 * delta))
 
 
-_huber = residual_loss(torch._C._nn.huber_loss, slope)  # the kernel below F.huber_loss
+def slope(d: Term, *, delta: float) -> Term:
+    return where(d.abs() >= delta, delta * d.sgn(), d)  # (1); NaN is not ≥ δ and stays NaN
+
+
+_huber = residual_loss("HuberLoss", value, slope, torch._C._nn.huber_loss)  # the kernel below F.huber_loss
 
 
 def huber_loss(
@@ -58,10 +63,13 @@ def huber_loss(
     """
     input_, target = broadcast(input, target)
     reduction = resolve(reduction)
-    if weight is None:
-        return _huber(input_, target, reduction, delta)
-    check_weight(weight, input)
-    return weighted(_huber(input_, target, "none", delta), weight, reduction, by_weight=False)
+    if weight is not None:
+        check_weight(weight, input)
+    if delta <= 0:
+        raise RuntimeError(
+            f"huber_loss does not support non-positive values for delta, but it is {delta}; use mse_loss"
+        )
+    return _huber(input_, target, weight, reduction, False, delta)
 
 
 class HuberLoss(nn.HuberLoss):

@@ -14,17 +14,22 @@ Reference: Boscovich 1757; Laplace 1774, "Mémoire sur la probabilité des cause
 import torch
 from torch import Tensor, nn
 
-from torchcalc.losses.reduction import resolve, weighted
+from torchcalc.formula import Term
+from torchcalc.losses.reduction import resolve
 from torchcalc.losses.residual import broadcast, check_weight, residual_loss
 
 __all__ = ["L1Loss", "l1_loss"]
 
 
-def slope(d: Tensor) -> Tensor:
-    return torch.sgn(d)  # (1)
+def value(d: Term) -> Term:
+    return d.abs()
 
 
-_l1 = residual_loss(torch._C._nn.l1_loss, slope)  # the kernel below F.l1_loss
+def slope(d: Term) -> Term:
+    return d.sgn()  # (1)
+
+
+_l1 = residual_loss("L1Loss", value, slope, torch._C._nn.l1_loss)  # the kernel below F.l1_loss
 
 
 def l1_loss(
@@ -65,10 +70,9 @@ def l1_loss(
     """
     input_, target = broadcast(input, target)
     reduction = resolve(reduction, size_average, reduce)
-    if weight is None:
-        return _l1(input_, target, reduction)
-    check_weight(weight, input)
-    return weighted(_l1(input_, target, "none"), weight, reduction, by_weight=True)
+    if weight is not None:
+        check_weight(weight, input)
+    return _l1(input_, target, weight, reduction, True)  # a weighted mean is over the sum of the weights
 
 
 class L1Loss(nn.L1Loss):

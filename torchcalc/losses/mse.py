@@ -13,17 +13,22 @@ Reference: Gauss 1809, "Theoria motus corporum coelestium", on least squares.
 import torch
 from torch import Tensor, nn
 
-from torchcalc.losses.reduction import resolve, weighted
+from torchcalc.formula import Term
+from torchcalc.losses.reduction import resolve
 from torchcalc.losses.residual import broadcast, check_weight, residual_loss
 
 __all__ = ["MSELoss", "mse_loss"]
 
 
-def slope(d: Tensor) -> Tensor:
+def value(d: Term) -> Term:
+    return d * d
+
+
+def slope(d: Term) -> Term:
     return 2 * d  # (1)
 
 
-_mse = residual_loss(torch._C._nn.mse_loss, slope)  # the kernel below F.mse_loss
+_mse = residual_loss("MSELoss", value, slope, torch._C._nn.mse_loss)  # the kernel below F.mse_loss
 
 
 def mse_loss(
@@ -64,10 +69,9 @@ def mse_loss(
     """
     input_, target = broadcast(input, target)
     reduction = resolve(reduction, size_average, reduce)
-    if weight is None:
-        return _mse(input_, target, reduction)
-    check_weight(weight, input)
-    return weighted(_mse(input_, target, "none"), weight, reduction, by_weight=True)
+    if weight is not None:
+        check_weight(weight, input)
+    return _mse(input_, target, weight, reduction, True)  # a weighted mean is over the sum of the weights
 
 
 class MSELoss(nn.MSELoss):

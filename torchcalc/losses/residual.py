@@ -8,59 +8,46 @@ Derivation.  ∂d/∂x = 1 and ∂d/∂t = -1, so with the slope ℓ'(d) and the
 Each loss is elementwise until its reduction. Saves x and t, which are alive anyway, and not d.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
-from torchcalc.autograd import Function
-from torchcalc.losses.reduction import per_element, reduce
-from torchcalc.promotion import like, widen
+from torchcalc.formula import Term, loss
 
 __all__ = ["broadcast", "check_weight", "residual_loss"]
 
 
-def residual_loss(value: Callable[..., Tensor], slope: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The differentiable function of (x, t, reduction, *parameters) with these formulas.
+def residual_loss(
+    name: str, value: Callable[..., Any], slope: Callable[..., Any], torch_value: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """The differentiable loss of (x, t, weight, reduction, by_weight, *parameters) with these formulas of the residual.
 
     Args:
-        value: torch's kernel ``value(x, t, reduction as torch's enum, *parameters)``; it reduces.
-        slope: the derivative ℓ'(d) as ``slope(d, *parameters)``.
+        name: see :class:`torchcalc.formula.pointwise.Formula`.
+        value: ℓ(d), and its parameters keyword-only.
+        slope: ℓ'(d), likewise.
+        torch_value: torch's kernel ``(x, t, reduction as torch's enum, *parameters)``.
     """
+    parameters = [p for p in inspect.signature(value).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
-    class ResidualLoss(Function):
-        autocast = "float32"
+    def of_pair(x: Term, t: Term, **numbers: float) -> Term:
+        return value(x - t, **numbers)
 
-        @staticmethod
-        def forward(x: Tensor, t: Tensor, reduction: str, *parameters: Any) -> Tensor:
-            return value(x, t, _reduction.get_enum(reduction), *parameters)
+    def slope_x(x: Term, t: Term, **numbers: float) -> Term:
+        return slope(x - t, **numbers)  # (1)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            x, t, ctx.reduction, *ctx.parameters = inputs
-            ctx.dtype = output.dtype
-            ctx.save_for_backward(x, t)
+    def slope_t(x: Term, t: Term, **numbers: float) -> Term:
+        return -slope(x - t, **numbers)
 
-        @staticmethod
-        def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-            x, t = ctx.saved_tensors
-            need_x, need_t, *others = ctx.needs_input_grad
-            g = per_element(widen(grad_output), ctx.reduction, x.numel())
-            grad = g * slope(widen(x) - widen(t), *ctx.parameters)  # (1)
-            return like(grad, x) if need_x else None, like(-grad, t) if need_t else None, *(None for _ in others)
-
-        @staticmethod
-        def jvp(ctx: Any, dx: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
-            x, t = ctx.saved_tensors
-            d = widen(x) - widen(t)
-            change = slope(d, *ctx.parameters).conj() * ((0 if dx is None else dx) - (0 if dt is None else dt))
-            change = change.real if change.is_complex() else change
-            return reduce(change, ctx.reduction).to(ctx.dtype)  # (2)
-
-    return ResidualLoss.apply
+    for f in (of_pair, slope_x, slope_t):
+        pair = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in "xt"]
+        f.__signature__ = inspect.Signature([*pair, *parameters])  # type: ignore[attr-defined]
+        f.__module__ = value.__module__
+    return loss(name, of_pair, slope_x, slope_t, torch_value=torch_value)
 
 
 def broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

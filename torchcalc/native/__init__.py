@@ -2,7 +2,9 @@
 
 `available()` says whether the kernel library is loaded (it is loaded on first use), `why_not()` says why it is not and
 what to do about it. Neither raises. `TORCHCALC_NATIVE=0` in the environment switches the kernels off, and
-`TORCHCALC_NATIVE_ISA=avx2` or `baseline` chooses loops for a lesser processor.
+`TORCHCALC_NATIVE_ISA=avx2` or `baseline` chooses loops for a lesser processor. `nodes()` and `why_no_nodes()` tell the
+same of autograd's nodes, a second library, which is bound to one version of torch and Python. `warn_once()` is for the
+place where a kernel would have been used and is not there.
 
 The library registers operators in `torch.ops.torchcalc`; they are called through wrappers (`torchcalc.native.optim`), which
 tell autograd what was written. Optimizers::
@@ -19,6 +21,9 @@ tell autograd what was written. Optimizers::
     adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
           Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, ... as adam_bound_ from lr on) -> int
     sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] first, ... from lr on) -> int
+    rule_bound_(int handle, Tensor[] grads, int hash, bool counts, float[] scalars, float[] shared, bool maximize,
+                float grad_coef, Tensor? grad_scale, int? seed) -> int
+    has_rule(int hash) -> bool
     grad_norm(Tensor[] grads) -> (bool supported, float squared, bool finite)
 
 and about itself::
@@ -31,6 +36,6 @@ New kernels: a `csrc/*.cpp` that registers its operators (`norm.cpp` is the shor
 reference; tests of the kernel against that reference in `tests/native`.
 """
 
-from torchcalc.native.load import available, library, why_not
+from torchcalc.native.load import available, library, nodes, warn_once, why_no_nodes, why_not
 
-__all__ = ["available", "library", "why_not"]
+__all__ = ["available", "library", "nodes", "warn_once", "why_no_nodes", "why_not"]

@@ -1,7 +1,7 @@
 """Builds the kernels while hatchling builds a wheel or an editable install, if torch and a C++ compiler are there.
 
-With them (`pip install --no-build-isolation .`) the wheel holds the library and is tagged py3-none-<platform>; without
-either it is pure Python, and `python -m torchcalc build` compiles later.
+With them the wheel holds the libraries and is tagged py3-none-<platform>; without either it is pure Python, and
+`python -m torchcalc build` compiles later.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ class NativeBuildHook(BuildHookInterface):
         assert spec is not None and spec.loader is not None
         native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(native)
-        library = native.PACKAGE / native.library_name()
+        warn = self.app.display_warning
         try:
-            if (
-                not library.exists()
-            ):  # it is named by its sources, and serves every torch: an environment more is no reason
-                native.build(native.PACKAGE)
+            library = native.build(native.PACKAGE, again=False, warn=warn)
         except native.BuildError as error:
-            self.app.display_warning(f"torchcalc is installed without its CPU kernels: {error}")
+            warn(f"torchcalc is installed without its CPU kernels: {error}")
             return
-        # An editable install finds the library in the source tree, where it was built.
+        # An editable install finds the libraries in the source tree, where they were built.
         if version != "editable":
-            build_data["artifacts"].append(str(library.relative_to(self.root)))  # .gitignore would leave it out
+            names = [library.name, native.nodes_name(native.torch_version(native.torch_directory()))]
+            # .gitignore would leave them out
+            build_data["artifacts"] += [f"torchcalc/native/{name}{end}" for name in names for end in ("", ".sha256")]
             build_data["pure_python"] = False
             build_data["tag"] = "py3-none-" + re.sub(r"[-.]", "_", sysconfig.get_platform())

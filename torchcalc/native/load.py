@@ -1,106 +1,183 @@
-"""Finds and loads the kernel library, once, at first use. Nothing here raises: without kernels there is pure PyTorch."""
+"""Finds and loads the libraries, once, at first use. Nothing here raises: without kernels there is pure PyTorch."""
 
 from __future__ import annotations
 
 import os
-import struct
+import sys
 import threading
+import warnings
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from torchcalc.native import build
 
-__all__ = ["available", "library", "why_not"]
+__all__ = ["available", "library", "nodes", "warn_once", "why_no_nodes", "why_not"]
 
 _REBUILD = "Run `python -m torchcalc build`."
+_SWITCH = {
+    **dict.fromkeys(["", "1", "true", "on", "yes"], True),
+    **dict.fromkeys(["0", "false", "off", "no"], False),
+}
+_ISAS = ("avx512", "avx2", "baseline", "neon")
+
+
+class _Loaded(NamedTuple):
+    """What became of the two libraries; the reasons are empty where they are loaded."""
+
+    kernels: Path | None
+    why_not: str
+    nodes: ModuleType | None
+    why_no_nodes: str
+    intended: bool = False  # somebody has switched the kernels off, or there are none for this system
+
 
 _lock = threading.Lock()
-_library: Path | None = None
-_why_not = ""
-_tried = False
+_loaded: _Loaded | None = None
+_warned = False
 _forked = False
 
 
 def available() -> bool:
     """Whether the kernels are loaded; the first call loads them."""
-    if not _tried:
-        _load_once()
-    return _library is not None
+    return (_loaded or _load_once()).kernels is not None
 
 
 def why_not() -> str:
     """Why the kernels are not loaded and what to do about it; empty if they are."""
-    if not _tried:
-        _load_once()
-    return _why_not
+    return (_loaded or _load_once()).why_not
 
 
 def library() -> Path | None:
     """The file that the kernels were loaded from."""
-    return _library if available() else None
+    return (_loaded or _load_once()).kernels
 
 
-def _load_once() -> None:
-    global _library, _tried, _why_not
+def nodes() -> ModuleType | None:
+    """The module of autograd's nodes, for the running torch; None without it, and then functions run without kernels."""
+    return (_loaded or _load_once()).nodes
+
+
+def why_no_nodes() -> str:
+    """Why they are not loaded and what to do about it; empty if they are."""
+    return (_loaded or _load_once()).why_no_nodes
+
+
+def warn_once() -> None:
+    """Says once in a process that the kernels are not there, and the remedy. For where one would have been used.
+
+    Says nothing where they are loaded, were switched off, or cannot be built.
+    """
+    global _warned
+    loaded = _loaded or _load_once()
+    if _warned or loaded.kernels is not None or loaded.intended:
+        return
+    _warned = True
+    text = (
+        f"torchcalc runs without its CPU kernels, which are several times as fast as what it does now: {loaded.why_not}"
+    )
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def _load_once() -> _Loaded:
+    global _loaded
     with _lock:
-        if _tried:
-            return
-        try:
-            _library, _why_not = _load()
-        except Exception as error:  # a broken file system, or a platform that nobody has tried
-            _library, _why_not = None, f"{type(error).__name__} while looking for the kernels: {error}"
-        _tried = True
+        if _loaded is None:
+            try:
+                _loaded = _load()
+            except Exception as error:  # a broken file system, or a platform that nobody has tried
+                why = f"{type(error).__name__} while looking for the kernels: {error}"
+                _loaded = _Loaded(None, why, None, why)
+        return _loaded
 
 
-def _load() -> tuple[Path | None, str]:
-    if os.environ.get("TORCHCALC_NATIVE") == "0":
-        return None, "switched off by TORCHCALC_NATIVE=0 in the environment. Unset it to use the kernels."
-    path, problem = _find()
+def _load() -> _Loaded:
+    switch, isa = os.environ.get("TORCHCALC_NATIVE", ""), os.environ.get("TORCHCALC_NATIVE_ISA", "")
+    if switch.lower() not in _SWITCH:
+        why = f"TORCHCALC_NATIVE={switch} is neither 0, false, off, no nor 1, true, on, yes. Set one of these, or unset it."
+        return _Loaded(None, why, None, why)
+    if not _SWITCH[switch.lower()]:
+        why = f"switched off by TORCHCALC_NATIVE={switch} in the environment. Unset it to use the kernels."
+        return _Loaded(None, why, None, why, intended=True)
+    if isa and isa not in _ISAS:
+        why = f"TORCHCALC_NATIVE_ISA={isa} is none of {', '.join(_ISAS)}. Set one of these, or unset it."
+        return _Loaded(None, why, None, why)
+    kernels, why_not = _load_file(*_find_kernels())
+    if kernels is None:
+        return _Loaded(None, why_not, None, "the kernels are not loaded", intended=sys.platform == "win32")
+    if _forked:
+        torch.ops.torchcalc.run_serially()
+        torch.set_num_threads(1)
+    return _Loaded(kernels, "", *_import_nodes(*_find_nodes(kernels)))
+
+
+def _load_file(path: Path | None, problem: str) -> tuple[Path | None, str]:
     if path is None:
         return None, problem
-    if not _is_whole(path):
-        return None, f"{path} is damaged: it was cut short. {_REBUILD}"
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         return None, f"{path} does not load into torch {torch.__version__}: {error}. {_REBUILD}"
-    if _forked:
-        torch.ops.torchcalc.run_serially()
-        torch.set_num_threads(1)
     return path, ""
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether an ELF file reaches to the end of its section table: mapping one that was cut short ends the process."""
-    with path.open("rb") as file:
-        library = file.read(64)  # the header
-    if library[:5] != b"\x7fELF\x02":
-        return True  # a Mach-O file, say; what is no library at all is refused by the loader
-    if len(library) < 64:
-        return False
-    order = "<" if library[5] == 1 else ">"
-    (table,) = struct.unpack_from(f"{order}Q", library, 40)
-    size, count = struct.unpack_from(f"{order}HH", library, 58)
-    return bool(table + size * count <= path.stat().st_size)
+def _import_nodes(path: Path | None, problem: str) -> tuple[ModuleType | None, str]:
+    if path is None:
+        return None, problem
+    loader = ExtensionFileLoader("torchcalc_nodes", str(path))
+    spec = spec_from_loader(loader.name, loader)
+    assert spec is not None
+    try:
+        module = module_from_spec(spec)
+        loader.exec_module(module)
+    except (ImportError, RuntimeError) as error:
+        return None, f"{path} does not load into torch {torch.__version__}: {error}. {_REBUILD}"
+    return module, ""
 
 
-def _find() -> tuple[Path | None, str]:
+def _find_kernels() -> tuple[Path | None, str]:
     if wanted := os.environ.get("TORCHCALC_NATIVE_LIBRARY"):
-        path = Path(wanted)
-        if not path.is_file():
+        named = Path(wanted)
+        if not named.is_file():
             return None, f"TORCHCALC_NATIVE_LIBRARY={wanted} is not a file. Unset it, or name a library built here."
-        if f"torchcalc-source-hash:{build.source_hash()}".encode() not in path.read_bytes():
+        if f"torchcalc-source-hash:{build.source_hash()}".encode() not in named.read_bytes():
             return None, f"TORCHCALC_NATIVE_LIBRARY={wanted} was built from other sources than these. Build it again."
-        return path, ""
-    places, name = build.directories(), build.library_name()
-    for directory in places:
-        if (directory / name).is_file():
-            return directory / name, ""
+        return named, ""
+    places, name = build.directories(), build.pattern()
+    path, problem = _first_good(places, name)
+    if path or problem:
+        return path, problem
     for directory in places:
         for stale in directory.glob("libtorchcalc-*"):
             return None, f"{stale} was built from other sources, or for another platform. {_REBUILD}"
     return None, f"they are not built: there is no {name} in {' or '.join(map(str, places))}. {_REBUILD}"
+
+
+def _find_nodes(kernels: Path) -> tuple[Path | None, str]:
+    named = "TORCHCALC_NATIVE_LIBRARY" in os.environ
+    places, name = [kernels.parent] if named else build.directories(), build.nodes_name(torch.__version__)
+    path, problem = _first_good(places, name)
+    if path or problem:
+        return path, problem
+    return None, f"they are not built for this torch: there is no {name} in {' or '.join(map(str, places))}. {_REBUILD}"
+
+
+def _first_good(places: list[Path], pattern: str) -> tuple[Path | None, str]:
+    """The newest such file of the first place that has one, if it is ours and whole; or else what is wrong with it."""
+    problem = ""
+    for directory in places:
+        for path in sorted(directory.glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            trouble = build.danger(directory) or build.danger(path)
+            if not trouble and (damage := build.damage(path)):
+                trouble = f"{damage}. {_REBUILD}"
+            if not trouble:
+                return path, ""
+            problem = problem or trouble
+    return None, problem
 
 
 def _note_fork() -> None:
@@ -110,7 +187,7 @@ def _note_fork() -> None:
     global _forked, _lock
     _forked = True
     _lock = threading.Lock()  # another thread of the parent may have held it
-    if _library is not None:
+    if _loaded is not None and _loaded.kernels is not None:
         torch.set_num_threads(1)
 
 

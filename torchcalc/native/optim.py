@@ -58,12 +58,12 @@ class Bound:
     Copying and pickling bind the copied tensors.
     """
 
-    __slots__ = ("__weakref__", "_adam", "_handle", "_sgd", "params", "state", "steps")
+    __slots__ = ("__weakref__", "_adam", "_handle", "_rule", "_sgd", "params", "state", "steps")
 
     def __init__(self, params: Sequence[Tensor], state: Sequence[Tensor], steps: Sequence[Tensor] = ()) -> None:
         self.params, self.state, self.steps = list(params), list(state), list(steps)
         ops = torch.ops.torchcalc
-        self._adam, self._sgd = ops.adam_bound_.default, ops.sgd_bound_.default
+        self._adam, self._sgd, self._rule = ops.adam_bound_.default, ops.sgd_bound_.default, ops.rule_bound_.default
         try:
             with torch.no_grad():
                 self._handle: int = ops.bind.default(self.params, self.state, self.steps)
@@ -130,6 +130,31 @@ class Bound:
             self._handle, grads, first, lr, momentum, dampening, weight_decay, nesterov, maximize, grad_coef, grad_scale,
             found_inf, seed,
         )  # fmt: skip
+        if status == DONE:
+            _written(self.params)
+        return status
+
+    def rule_(
+        self,
+        grads: Sequence[Tensor],
+        *,
+        hash: int,
+        counts: bool,
+        scalars: Sequence[float],
+        shared: Sequence[float],
+        maximize: bool = False,
+        grad_coef: float = 1.0,
+        grad_scale: Tensor | None = None,
+        seed: int | None = None,
+    ) -> int:
+        """One step of the rule whose recording has this hash; returns the status.
+
+        The rule's numbers are, in its recording's order: the step count if the kernel `counts` steps; `scalars`, as many for each
+        tensor, tensor by tensor; and those that all tensors share.
+        """
+        status: int = self._rule(
+            self._handle, grads, hash, counts, scalars, shared, maximize, grad_coef, grad_scale, seed
+        )
         if status == DONE:
             _written(self.params)
         return status

@@ -14,7 +14,7 @@ Reference: Duchi, Hazan, Singer 2011, JMLR 12, 2121-2159.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class Adagrad(Optimizer):
     """
 
     rule = staticmethod(adagrad)
+    variants: ClassVar = {"weight_decay": (0, 0.1)}
     sparse_rule = staticmethod(adagrad_sparse)
 
     def __init__(

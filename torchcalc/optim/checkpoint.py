@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 HOW = ("foreach", "fused", "capturable", "differentiable")
-SCALARS = ("step", "mu_product")
+SCALARS = ("step", "mu_product", "eta", "mu")
 
 
 def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ class Lion(Optimizer):
     """
 
     rule = staticmethod(lion)
+    variants: ClassVar = {"weight_decay": (0, 0.1)}
     sparse_error = "Lion does not support sparse gradients"
     counts_steps: ClassVar[bool] = False
 

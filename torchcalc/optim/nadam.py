@@ -15,7 +15,7 @@ Reference: Dozat 2016, "Incorporating Nesterov momentum into Adam", ICLR worksho
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -85,6 +85,7 @@ class NAdam(Optimizer):
     """
 
     rule = staticmethod(nadam)
+    variants: ClassVar = {"weight_decay": (0, 0.1), "decoupled_weight_decay": (False, True)}
     sparse_error = "NAdam does not support sparse gradients"
     on_device = "params, mu_products and state_steps"
 

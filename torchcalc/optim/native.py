@@ -59,6 +59,7 @@ class Plan:
         if refused := self.bound.refused([entries[i].g for i in self.places]):
             self.places = [i for k, i in enumerate(self.places) if k not in refused]
             self.bound = bind(self.places)
+        self.kernel_states = [self.states[i] for i in self.places]
         self.rest = sorted(set(range(len(entries))) - set(self.places))
         self.looks = [_look(entries[i].p) for i in self.rest]
 

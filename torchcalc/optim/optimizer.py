@@ -10,29 +10,32 @@ state in another dtype than its parameter, GradScaler, autograd through the step
 Which way a step goes, group by group:
 
 =====================================  =================================================================================
-``foreach=False`` (or fused=False)     tensor by tensor; equal to torch's loop to the last bit
+``foreach=False`` (or fused=False)     tensor by tensor; in float32 and wider equal to torch's loop to the last bit
 ``foreach=True``; default on CUDA      one ``torch._foreach_*`` call per operation of the rule and bucket
 ``fused=True`` on CUDA                 the same, and GradScaler's scale and found_inf are handled inside
 ``differentiable=True``                tensor by tensor, out of place, recorded by autograd
-otherwise (default and fused on CPU)   the class's native kernel over all tensors at once; without one, or for tensors
-                                       that it does not take, tensor by tensor
+otherwise (default and fused on CPU)   the rule's kernel over all tensors at once (:mod:`torchcalc.optim.kernel`); without
+                                       one, or for tensors that it does not take, tensor by tensor
 =====================================  =================================================================================
+
+bfloat16 and float16 are computed in float32 and rounded once, whichever way a step goes (but for sparse gradients).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from torchcalc.optim import cuda
+from torchcalc.optim import cuda, kernel
 from torchcalc.optim.checkpoint import load_state_dict
 from torchcalc.optim.checks import warn_of_misspelling
 from torchcalc.optim.extras import (
@@ -52,6 +55,8 @@ __all__ = ["Optimizer", "ParamsT"]
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
+HALVES = (torch.bfloat16, torch.float16)
+MOST_WIDENED = 2**24  # elements of half type that are computed in float32 together, as lists
 MOST_PLANS = 8  # remembered for each group, where the parameters that have a gradient change from step to step
 
 
@@ -87,7 +92,10 @@ class Optimizer(torch.optim.Optimizer):
     counts_steps: ClassVar[bool] = True
     #: What capturable=True keeps on the device, in torch's words.
     on_device: ClassVar[str] = "params and state_steps"
-    #: The kernel of the rule: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
+    #: Options that change the formula, with a value for each way that the rule goes: every combination has a kernel, made
+    #: from the rule when the kernels are built; see :mod:`torchcalc.optim.kernel`.
+    variants: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    #: A kernel written by hand instead: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
     native: Callable[..., int] | None = None
 
     #: ‖g‖ over all parameters at the last step, before clipping; needs max_norm or skip_nonfinite.
@@ -283,7 +291,7 @@ class Optimizer(torch.optim.Optimizer):
             params = [p for p, g in zip(params, found, strict=True) if g is not None]
         if not grads:
             return lambda scaling: None
-        if self.native is None or not is_wanted(group):
+        if not is_wanted(group) or (self.native is None and not kernel.may_have_kernel(self, group)):
             entries = self._entries(group, params)
             return lambda scaling: self._step_group(group, entries, scaling)
 
@@ -299,15 +307,24 @@ class Optimizer(torch.optim.Optimizer):
             first = [i for i, place in enumerate(plan.places) if made[place].first]
 
         def run(scaling: Scaling) -> None:
-            assert self.native is not None
             rest: Sequence[int] = plan.rest
             kernel_grads = [grads[i] for i in plan.places] if rest else grads
-            if kernel_grads and self.native(plan.bound, kernel_grads, group, first, scaling) != DONE:
-                self._plans.pop(key, None)  # a tensor has moved, or a gradient has other strides
-                rest = range(len(params))
+            advanced: dict[int, dict[str, Any]] = {}  # what advance has returned, where it was called
+            if kernel_grads:
+                if self.native is not None:
+                    status = self.native(plan.bound, kernel_grads, group, first, scaling)
+                else:
+                    counts = type(self).advance is Optimizer.advance
+                    status, owns = kernel.step(
+                        self, plan.bound, plan.kernel_states, kernel_grads, group, first, scaling, counts
+                    )
+                    advanced = dict(zip(plan.places, owns, strict=True)) if owns else {}
+                if status != DONE:
+                    self._plans.pop(key, None)  # a tensor has moved, or a gradient has other strides
+                    rest = range(len(params))
             if rest:
                 entries = made or self._entries(group, params)
-                self._step_group(group, [entries[i] for i in rest], scaling)
+                self._step_group(group, [entries[i] for i in rest], scaling, [advanced.get(i) for i in rest])
 
         return run
 
@@ -333,14 +350,23 @@ class Optimizer(torch.optim.Optimizer):
             entries.append(Entry(p, g, [state[key] for key in keys], state, first=bool(missing)))
         return entries
 
-    def _step_group(self, group: dict[str, Any], entries: list[Entry], scaling: Scaling) -> None:
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        entries: list[Entry],
+        scaling: Scaling,
+        advanced: Iterable[dict[str, Any] | None] = itertools.repeat(None),
+    ) -> None:
+        """By the rule. advanced: what advance has returned for those entries where it was called already."""
         hyper = self.hyper(group)
-        hyper["lr"] = live(to_scalar(hyper["lr"]))
+        if "lr" in hyper:
+            hyper["lr"] = live(to_scalar(hyper["lr"]))
         as_lists = goes_foreach(group, entries)
         buckets: dict[Any, list[tuple[list[Tensor], dict[str, Any]]]] = {}
         sharded: list[Tensor] = []
-        for e in entries:
-            scalars = self.advance(e.state, group, hyper, e.first)
+        widened = 0
+        for e, own in zip(entries, advanced, strict=False):
+            scalars = self.advance(e.state, group, hyper, e.first) if own is None else own
             if group["differentiable"]:
                 self._step_recorded(group, e, {**hyper, **scalars})
                 continue
@@ -349,13 +375,24 @@ class Optimizer(torch.optim.Optimizer):
                 sharded.append(e.p)
             if as_lists and scaling.seed is None and fits_a_list(tensors):
                 numbers = tuple(None if isinstance(s, Tensor) else s for s in scalars.values())
-                buckets.setdefault((e.p.device, e.p.dtype, numbers), []).append((tensors, scalars))
+                chunk = 0
+                if tensors[0].dtype in HALVES:  # their float32 copies are made for so many elements at a time
+                    widened += tensors[0].numel()
+                    chunk = widened // MOST_WIDENED
+                buckets.setdefault((e.p.device, e.p.dtype, numbers, chunk), []).append((tensors, scalars))
             else:
                 self._step_one(group, tensors, {**hyper, **scalars}, scaling)
         for bucket in buckets.values():
             lists = [TensorList(ts) for ts in zip(*(tensors for tensors, _ in bucket), strict=True)]
             scalars = {k: stack([scalars[k] for _, scalars in bucket]) for k in bucket[0][1]}
-            self._apply(group, lists, {**hyper, **scalars}, scaling)
+            if lists[0].dtype in HALVES:
+                wide = [TensorList([t.float() for t in each.tensors]) for each in lists]
+                self._apply(group, wide, {**hyper, **scalars}, scaling)
+                for i, each in enumerate(lists):
+                    if i != 1:
+                        each.copy_(wide[i])
+            else:
+                self._apply(group, lists, {**hyper, **scalars}, scaling)
         if sharded and not torch.compiler.is_compiling():  # autograd has seen their shards written, and not them
             torch.autograd.graph.increment_version(sharded)
 
@@ -369,14 +406,12 @@ class Optimizer(torch.optim.Optimizer):
         rule(p, g, **dict(zip(self.slots(group), slots, strict=True)), **args)
 
     def _step_one(self, group: dict[str, Any], tensors: list[Tensor], args: dict[str, Any], scaling: Scaling) -> None:
-        """One parameter; where its state has another dtype (loaded, say), in the widest, rounded once at the end."""
+        """One parameter; halves in float32, mixed dtypes (state that was loaded, say) in the widest, rounded once at the end."""
         p = tensors[0]
-        stochastic = scaling.seed is not None and p.dtype in (torch.bfloat16, torch.float16)
-        if all(t.dtype == p.dtype for t in tensors) and not stochastic:
+        stochastic = scaling.seed is not None and p.dtype in HALVES
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), computed_in(p))
+        if all(t.dtype == dtype for t in tensors) or (tensors[1].is_sparse and not stochastic):
             return self._apply(group, tensors, args, scaling)
-        dtype = functools.reduce(
-            torch.promote_types, (t.dtype for t in tensors), torch.float32 if stochastic else p.dtype
-        )
         wide = [t.to(dtype) for t in tensors]
         self._apply(group, wide, args, scaling)
         for i, (t, new) in enumerate(zip(tensors, wide, strict=True)):
@@ -391,11 +426,17 @@ class Optimizer(torch.optim.Optimizer):
             p, *slots = [t.clone() for t in (e.p, *e.slots)]
             self._apply(group, [p, e.g, *slots], args, NORMAL)
         else:
-            recorded = [Recorded(t) for t in (e.p.clone(), e.g, *e.slots)]  # p itself is written below
+            tensors = (e.p, e.g, *e.slots)
+            wide = computed_in(e.p)
+            recorded = [
+                Recorded(t.to(wide) if t.dtype in HALVES else t) for t in (e.p.clone(), *tensors[1:])
+            ]  # p is written below
             self._apply(group, recorded, args, NORMAL)
             p, _, *slots = [
-                torch.view_as_complex(r.tensor) if e.p.is_complex() and not r.tensor.is_complex() else r.tensor
-                for r in recorded
+                torch.view_as_complex(r.tensor)
+                if e.p.is_complex() and not r.tensor.is_complex()
+                else r.tensor.to(t.dtype)
+                for r, t in zip(recorded, tensors, strict=True)
             ]
         e.p.copy_(p)
         e.state.update(zip(self.slots(group).values(), slots, strict=True))
@@ -407,6 +448,11 @@ class Optimizer(torch.optim.Optimizer):
 def same(a: Collection[Any], b: Collection[Any]) -> bool:
     """Whether they hold the same objects."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def computed_in(p: Tensor) -> torch.dtype:
+    """Halves are computed in float32 and rounded once, whichever way a step goes: their squares underflow."""
+    return torch.float32 if p.dtype in HALVES else p.dtype
 
 
 def to_scalar(x: Any) -> Any:

@@ -5,9 +5,12 @@ Rule, for the gradient g (−g if maximize), with smoothing α, weight decay λ,
     g ← g + λ·p                                                                   (1)
     v ← α·v + (1 − α)·g²            the mean of g²                                (2)
     m ← m + (1 − α)·(g − m)         centered: the mean of g ...                   (3)
-    s = √(v − m²) + ε, or √v + ε    ... whose square leaves the variance          (4)
+    s = √max(v − m², 0) + ε, or √v + ε   ... whose square leaves the variance     (4)
     b ← μ·b + g/s,  p ← p − lr·b    with momentum                                 (5)
     p ← p − lr·g/s                  without                                       (6)
+
+The maximum in (4) differs from torch: v ≥ m² by Jensen's inequality, but where the gradient hardly changes the rounded difference
+falls below 0, and its root would be NaN for good.
 
 There is no bias correction: v starts at 0, so the first steps are larger, by 1/√(1 − α). ε stands outside the root,
 as in torch and not as in TensorFlow.
@@ -18,7 +21,7 @@ References: Tieleman, Hinton 2012, lecture 6.5 of "Neural networks for machine l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -58,7 +61,7 @@ def rmsprop(
     add_product_(v.mul_(alpha), g, g, 1 - alpha)  # (2)
     if m is not None:
         average_(m, g, alpha)  # (3)
-        v = v.addcmul(m, m, value=-1)
+        v = v.addcmul(m, m, value=-1).clamp_min_(0.0)
     s = v.sqrt().add_(eps)  # (4)
     if b is not None:
         b.mul_(momentum).addcdiv_(g, s)
@@ -96,6 +99,7 @@ class RMSprop(Optimizer):
     """
 
     rule = staticmethod(rmsprop)
+    variants: ClassVar = {"weight_decay": (0, 0.1), "momentum": (0, 0.9), "centered": (False, True)}
     sparse_error = "RMSprop does not support sparse gradients"
 
     def __init__(

@@ -91,6 +91,7 @@ class SGD(Optimizer):
     """
 
     rule = staticmethod(sgd)
+    variants: ClassVar = {"weight_decay": (0, 0.1), "momentum": (0, 0.9), "nesterov": (False, True)}
     sparse_rule = staticmethod(sgd)
     counts_steps: ClassVar[bool] = False
 

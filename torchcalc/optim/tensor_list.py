@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcalc.formula.expression import maximum
+
 __all__ = [
     "Recorded",
     "Scalar",
@@ -24,8 +26,11 @@ __all__ = [
     "add_ratio_",
     "add_scaled",
     "add_scaled_",
+    "as_kind_of",
     "as_real",
+    "at_least",
     "average_",
+    "choose",
 ]
 
 
@@ -78,8 +83,17 @@ class TensorList:
         torch._foreach_copy_(self.tensors, other.tensors)
         return self
 
-    def clamp_min_(self, other: TensorList) -> TensorList:
-        torch._foreach_clamp_min_(self.tensors, other.tensors)
+    def clamp_min_(self, other: Any) -> TensorList:
+        torch._foreach_clamp_min_(self.tensors, _plain(other))
+        return self
+
+    def clamp_(self, min: float, max: float) -> TensorList:
+        torch._foreach_clamp_min_(self.tensors, min)
+        torch._foreach_clamp_max_(self.tensors, max)
+        return self
+
+    def reciprocal_(self) -> TensorList:
+        torch._foreach_reciprocal_(self.tensors)
         return self
 
     def lerp_(self, end: TensorList, weight: Any) -> TensorList:
@@ -101,8 +115,19 @@ class TensorList:
     def clone(self) -> TensorList:
         return TensorList([t.clone() for t in self.tensors])
 
-    def add(self, other: TensorList, alpha: float = 1) -> TensorList:
+    def add(self, other: Any, alpha: float = 1) -> TensorList:
+        if not isinstance(other, TensorList):
+            return self + other
         return TensorList(torch._foreach_add(self.tensors, other.tensors, alpha=alpha))
+
+    def sub(self, other: TensorList) -> TensorList:
+        return TensorList(torch._foreach_sub(self.tensors, other.tensors))
+
+    def abs(self) -> TensorList:
+        return TensorList(torch._foreach_abs(self.tensors))
+
+    def sign(self) -> TensorList:
+        return TensorList(torch._foreach_sign(self.tensors))
 
     def addcmul(self, a: TensorList, b: Any, value: float = 1) -> TensorList:
         return self.clone().addcmul_(a, b, value)
@@ -118,6 +143,30 @@ class TensorList:
 
     def __neg__(self) -> TensorList:
         return TensorList(torch._foreach_neg(self.tensors))
+
+    # Selections: torch has none for lists.
+    def gt(self, other: float) -> TensorList:
+        return TensorList([t > other for t in self.tensors])
+
+    def ge(self, other: float) -> TensorList:
+        return TensorList([t >= other for t in self.tensors])
+
+    def lt(self, other: float) -> TensorList:
+        return TensorList([t < other for t in self.tensors])
+
+    def eq(self, other: float) -> TensorList:
+        return TensorList([t == other for t in self.tensors])
+
+    def where(self, condition: Any, other: TensorList) -> TensorList:
+        conditions = condition.tensors if isinstance(condition, TensorList) else [condition] * len(self.tensors)
+        return TensorList(
+            [torch.where(c, a, b) for c, a, b in zip(conditions, self.tensors, other.tensors, strict=True)]
+        )
+
+    def masked_fill(self, mask: TensorList, value: float) -> TensorList:
+        return TensorList([t.masked_fill(m, value) for t, m in zip(self.tensors, mask.tensors, strict=True)])
+
+    __gt__, __ge__ = gt, ge
 
     # Arithmetic with scalars, for lists of live step counts: 1 - β ** t, lr / (...).
     __mul__ = __rmul__ = mul
@@ -191,8 +240,8 @@ class Recorded:
         return method
 
 
-Vector = Any  # Tensor | TensorList | Recorded, the things rules run on
-Scalar = Any  # float | Tensor | TensorList
+Vector = Any  # Tensor | TensorList | Recorded | formula.rule.Cell, the things rules run on
+Scalar = Any  # float | Tensor | TensorList | formula.Expression
 
 
 def _plain(x: Any) -> Any:
@@ -212,6 +261,15 @@ def as_real(*vectors: Any) -> tuple[Any, ...]:
         return torch.view_as_real(x) if x is not None and x.is_complex() else x
 
     return tuple(map(view, vectors))
+
+
+def as_kind_of(p: Vector, x: Vector) -> Vector:
+    """A real view x as a complex vector again, if p is one."""
+    if isinstance(p, TensorList):
+        return TensorList([torch.view_as_complex(t) for t in x.tensors]) if p.dtype.is_complex else x
+    if isinstance(p, Recorded):
+        return Recorded(torch.view_as_complex(x.tensor)) if p.dtype.is_complex else x
+    return torch.view_as_complex(x) if p.is_complex() else x
 
 
 def is_live(a: Scalar) -> bool:
@@ -246,3 +304,15 @@ def add_product_(y: Vector, x: Vector, z: Vector, a: Scalar) -> Vector:
 def add_ratio_(y: Vector, x: Vector, z: Vector, a: Scalar) -> Vector:
     """y ← y + a·x/z."""
     return y.addcdiv_(x, z.div(a)) if is_live(a) else y.addcdiv_(x, z, value=a)
+
+
+def at_least(x: Scalar, low: float) -> Scalar:
+    """max(x, low), of a scalar."""
+    return x.clone().clamp_min_(low) if isinstance(x, TensorList) else maximum(x, low)
+
+
+def choose(condition: Scalar, a: Vector, b: Vector) -> Vector:
+    """a if the condition holds, else b: for a rule that changes with t, which an ``if`` could not ask on a device."""
+    if isinstance(condition, bool):
+        return a if condition else b
+    return a.where(condition.to(a.device) if isinstance(condition, Tensor) else condition, b)

@@ -10,13 +10,12 @@
 #include "number.h"
 #include "parallel.h"
 #include "philox.h"
+#include "step.h"
 #include "tensor.h"
 
 namespace torchcalc {
 
 enum Status : int64_t { unsupported = 0, done = 1, skipped = 2 };  // skipped: found_inf; 0 and 2 leave everything untouched
-
-inline constexpr int max_slots = 3;
 
 // One parameter's share of a step.
 struct Item {
@@ -31,6 +30,8 @@ struct Item {
   double step_size;         // Adam: lr/(1 − β₁ᵗ)
   double root_correction;   // Adam: √(1 − β₂ᵗ)
   double first;             // SGD: 1 if the momentum buffer holds nothing yet
+  int slots;                // of a recorded rule
+  const double* uniforms;   // of a recorded rule: its numbers that are the same for all elements
 };
 
 // Parameters with their optimizer state: slot after slot in `state`, e.g. all exp_avg, then all exp_avg_sq.
@@ -61,12 +62,6 @@ class Group {
   TensorList params_, state_, steps_;
   std::vector<const char*> seen_;   // where the tensors lay when `written_` was last found to be disjoint
   std::vector<Interval> written_;   // sorted
-};
-
-// What kernels of every formula take.
-struct StepHyper {
-  double factor;  // of the gradient: ± grad_coef/grad_scale
-  uint64_t seed;
 };
 
 // What every step takes besides its formula's numbers.

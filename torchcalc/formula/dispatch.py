@@ -1,0 +1,83 @@
+"""Which backend computes a formula: the C++ loops on CPU, Triton kernels on a GPU, or the formula itself on tensors.
+
+A kernel is taken for plain tensors where nothing looks on: no subclass, no ``torch.func``, no forward-mode AD, no tracing,
+no mode that wants to see each operation. It says itself whether it takes the dtypes. Everything else is the reference.
+
+On CPU forward and backward are one operator with a node of its own in the graph (``native/csrc/node``). A backward that is
+differentiated again comes back to Python, to :func:`torchcalc.formula.pointwise.gradients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._C import _is_any_autocast_enabled
+
+from torchcalc.native import pointwise as kernels
+
+if TYPE_CHECKING:
+    from torchcalc.formula.pointwise import Formula
+
+__all__ = ["elementwise", "reduced", "total", "value"]
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The reference, with the ways around it."""
+    place: int | None = None
+    is_compiling = torch.compiler.is_compiling
+    compute: Any = None
+
+    def apply(*args: Any) -> Tensor:
+        nonlocal place, compute
+        if is_compiling():
+            return reference(*args)
+        if place is None:
+            place = kernels.index(formula)
+            compute = kernels.elementwise if place >= 0 else None
+        y = compute(place, *args) if compute is not None else None
+        return reference(*args) if y is None else y
+
+    return apply
+
+
+def reduced(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Likewise of a loss: (*inputs, weight, reduction, by_weight, *parameters)."""
+    n = len(formula.inputs)
+    is_compiling = torch.compiler.is_compiling
+
+    def apply(*args: Any) -> Tensor:
+        if is_compiling() or (how := REDUCTIONS.get(args[n + 1])) is None or (place := kernels.index(formula)) < 0:
+            return reference(*args)
+        inputs = args[: n + 1]
+        if _is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
+            inputs = tuple(x if x is None else _as_float32(x) for x in inputs)
+        y = kernels.reduced(place, *inputs, how, *args[n + 2 :])
+        return reference(*args) if y is None else y
+
+    return apply
+
+
+def _as_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def value(formula: Formula, inputs: Sequence[Tensor], numbers: Sequence[float]) -> Tensor | None:
+    """The value by a kernel, without a graph; None if none takes it."""
+    return None
+
+
+def total(
+    formula: Formula,
+    inputs: Sequence[Tensor],
+    weight: Tensor | None,
+    reduction: str,
+    by_weight: bool,
+    numbers: Sequence[float],
+) -> Tensor | None:
+    """The reduced value by a kernel, without a graph; None if none takes it."""
+    return None

@@ -1,0 +1,507 @@
+// Pointwise functions and losses in torch's graph: forward and backward call the kernels of the other library, without
+// Python in between. A Python backward costs 15 to 30 µs, as much as torch's whole call of a small tensor.
+//
+// This file is compiled against torch's and Python's ordinary headers, and so for one release of each; the kernels are not.
+//
+// Each function returns None, before anything is computed, for tensors that no kernel takes.
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorIterator.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/EmptyTensor.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/headeronly/version.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+#include "../pointwise.h"
+
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using torchcalc::Formula;
+using torchcalc::Kernel;
+using torchcalc::max_inputs;
+using torchcalc::Number;
+using torchcalc::Operand;
+using Numbers = c10::SmallVector<double, 4>;
+
+const torchcalc::Table* table = nullptr;
+
+enum Reduction : int64_t { none = 0, mean = 1, sum = 2 };
+
+bool number_of(at::ScalarType type, Number& number) {
+  switch (type) {
+    case at::kFloat: number = Number::float32; return true;
+    case at::kDouble: number = Number::float64; return true;
+    case at::kBFloat16: number = Number::bfloat16; return true;
+    case at::kHalf: number = Number::float16; return true;
+    default: return false;
+  }
+}
+
+// Dense memory of this process that a kernel may read, with nothing of torch's left to be done to it.
+bool is_plain(const Tensor& x) {
+  Number number;
+  return x.device().is_cpu() && x.layout() == at::kStrided && number_of(x.scalar_type(), number) && !x.is_neg() &&
+      !x._is_zerotensor() && !at::isTensorSubclassLike(x);
+}
+
+Operand operand(const Tensor& x, int64_t stride) {
+  Operand o;
+  number_of(x.scalar_type(), o.number);
+  o.data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
+  o.stride = stride;
+  return o;
+}
+
+Operand flat(const Tensor& x) { return operand(x, static_cast<int64_t>(x.element_size())); }
+
+bool lies_like(const Tensor& x, const Tensor& like) { return x.sizes() == like.sizes() && x.strides() == like.strides(); }
+
+// One number seen through strides of 0: what sum().backward() sends back.
+bool is_one_number(const Tensor& x) {
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.stride(d) != 0 && x.size(d) != 1) return false;
+  }
+  return true;
+}
+
+bool is_one_number(const Tensor& x, const Tensor& like) { return x.sizes() == like.sizes() && is_one_number(x); }
+
+// kernel(arguments), where undefined arguments are those that it does not use; its result has the dtype given.
+Tensor compute(const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarType dtype, const double* numbers) {
+  const int count = static_cast<int>(arguments.size());
+  const Tensor* like = nullptr;
+  for (const Tensor& x : arguments) {
+    if (x.defined() && (!like || is_one_number(*like))) like = &x;
+  }
+  Operand in[max_inputs + 2];
+  bool together = like->is_non_overlapping_and_dense();
+  for (int k = 0; k < count && together; ++k) {
+    const Tensor& x = arguments[k];
+    if (!x.defined()) continue;
+    if (lies_like(x, *like)) {
+      in[k] = flat(x);
+    } else if (is_one_number(x, *like)) {
+      in[k] = operand(x, 0);
+    } else {
+      together = false;
+    }
+  }
+  if (together) {
+    Tensor out = at::detail::empty_strided_cpu(like->sizes(), like->strides(), dtype);
+    table->apply(kernel, out.numel(), in, count, 1, flat(out), numbers, false);
+    return out;
+  }
+  // Other layouts and broadcasting.
+  Tensor out;
+  at::TensorIteratorConfig config;
+  config.set_check_mem_overlap(true).check_all_same_dtype(false).promote_inputs_to_common_dtype(false);
+  config.declare_static_dtype(dtype).declare_static_device(at::kCPU).add_output(out);
+  for (const Tensor& x : arguments) {
+    if (x.defined()) config.add_const_input(x);
+  }
+  at::TensorIterator iterator = config.build();
+  Number result;
+  number_of(dtype, result);
+  iterator.for_each([&](char** data, const int64_t* strides, int64_t n) {
+    Operand each[max_inputs + 2], to;
+    int place = 1;
+    for (int k = 0; k < count; ++k) {
+      if (!arguments[k].defined()) continue;
+      number_of(arguments[k].scalar_type(), each[k].number);
+      each[k].data = data[place];
+      each[k].stride = strides[place++];
+    }
+    to.data = data[0];
+    to.stride = strides[0];
+    to.number = result;
+    table->apply(kernel, n, each, count, 1, to, numbers, true);
+  });
+  return iterator.output();
+}
+
+// All of one size, stretched where they broadcast, and contiguous where they do not lie alike: for reductions.
+c10::SmallVector<Tensor, max_inputs + 1> aligned(TensorList inputs, const std::optional<Tensor>& weight) {
+  c10::SmallVector<Tensor, max_inputs + 1> all(inputs.begin(), inputs.end());
+  if (weight) all.push_back(*weight);
+  bool alike = all[0].is_non_overlapping_and_dense();
+  for (const Tensor& x : all) alike = alike && (lies_like(x, all[0]) || is_one_number(x, all[0]));
+  if (alike) return all;
+  std::vector<int64_t> size = all[0].sizes().vec();
+  for (const Tensor& x : all) size = at::infer_size(size, x.sizes());
+  for (Tensor& x : all) x = x.expand(size).contiguous();
+  return all;
+}
+
+Operand operand_like(const Tensor& x, const Tensor& like) { return lies_like(x, like) ? flat(x) : operand(x, 0); }
+
+// The gradient of a formula's inputs, in torch's graph.
+struct Backward : public Node {
+  const Formula* formula = nullptr;
+  Numbers numbers;
+  SavedVariable saved[max_inputs];
+  SavedVariable saved_y, saved_weight;
+  bool has_y = false, has_weight = false;
+  bool has[max_inputs] = {};
+  Reduction reduction = none;
+  double divisor = 1;  // n of a mean
+  c10::SmallVector<c10::SmallVector<int64_t, 5>, 2> sizes;
+  c10::SmallVector<at::ScalarType, 2> dtypes;
+
+  std::string name() const override { return std::string(formula->name) + "Backward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (int i = 0; i < formula->inputs; ++i) {
+      if (has[i]) saved[i].reset_data();
+    }
+    if (has_y) saved_y.reset_data();
+    if (has_weight) saved_weight.reset_data();
+  }
+
+  variable_list apply(variable_list&& incoming) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int n = formula->inputs;
+    variable_list grads(static_cast<size_t>(n));
+    const Tensor& g = incoming[0];
+    if (!g.defined()) return grads;
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+    const auto self = c10::intrusive_ptr<Node>::reclaim_copy(this);
+#else
+    const auto self = getptr();
+#endif
+    Tensor arguments[max_inputs + 2];
+    bool plain = is_plain(g);
+    for (int i = 0; i < n; ++i) {
+      if (has[i]) plain &= is_plain(arguments[1 + i] = saved[i].unpack(self));
+    }
+    if (has_y) plain &= is_plain(arguments[1 + n] = saved_y.unpack(self));
+    Tensor weight;
+    if (has_weight) plain &= is_plain(weight = saved_weight.unpack(self));
+    if (!plain || at::GradMode::is_enabled()) return differentiable(g, arguments, weight);
+
+    Tensor wide;  // of a weighted loss without reduction
+    if (reduction == none && has_weight) wide = g.to(at::promote_types(g.scalar_type(), at::kFloat)).mul(weight);
+    for (int i = 0; i < n; ++i) {
+      if (!task_should_compute_output(static_cast<size_t>(i))) continue;
+      const Kernel& kernel = formula->product[i];
+      Tensor used[max_inputs + 2];
+      used[0] = wide.defined() ? wide : g;
+      for (int k = 1; k < n + 2; ++k) {
+        if (kernel.uses >> k & 1) used[k] = arguments[k];
+      }
+      Tensor grad = reduction == none ? compute(kernel, at::ArrayRef<Tensor>(used, n + 2), dtypes[i], numbers.data())
+                                      : spread(kernel, g, weight, used, dtypes[i]);
+      if (grad.sizes() != at::IntArrayRef(sizes[i])) {
+        if (dtypes[i] != at::kDouble && dtypes[i] != at::kFloat) {  // summed before it is rounded
+          grad = reduction == none ? compute(kernel, at::ArrayRef<Tensor>(used, n + 2), at::kFloat, numbers.data())
+                                   : spread(kernel, g, weight, used, at::kFloat);
+        }
+        grad = at::sum_to(grad, at::IntArrayRef(sizes[i])).to(dtypes[i]);
+      }
+      grads[static_cast<size_t>(i)] = std::move(grad);
+    }
+    return grads;
+  }
+
+  // g·weight/divisor·slope, where g is one number.
+  Tensor spread(const Kernel& kernel, const Tensor& g, const Tensor& weight, Tensor* used, at::ScalarType dtype) {
+    const int count = formula->inputs + 2;
+    c10::SmallVector<Tensor, max_inputs + 1> inputs(used + 1, used + count);
+    const Tensor* like = nullptr;
+    bool alike = true;
+    for (const Tensor& x : inputs) {
+      if (!x.defined()) continue;
+      if (!like) like = &x;
+    }
+    alike = like->is_non_overlapping_and_dense();
+    for (const Tensor& x : inputs) alike &= !x.defined() || lies_like(x, *like);
+    alike &= !weight.defined() || lies_like(weight, *like);
+    Tensor w = weight;
+    if (!alike) {
+      std::vector<int64_t> size = like->sizes().vec();
+      for (const Tensor& x : inputs) size = x.defined() ? at::infer_size(size, x.sizes()) : size;
+      if (w.defined()) size = at::infer_size(size, w.sizes());
+      for (Tensor& x : inputs) x = x.defined() ? x.expand(size).contiguous() : x;
+      if (w.defined()) w = w.expand(size).contiguous();
+    }
+    Operand in[max_inputs + 2];
+    double factor = g.item<double>() / divisor;
+    double one = 1;
+    if (w.defined()) {
+      in[0] = flat(w);
+    } else {
+      std::swap(one, factor);  // in[0] is the factor itself
+      in[0].data = reinterpret_cast<char*>(&one);
+      in[0].stride = 0;
+      in[0].number = Number::float64;
+    }
+    for (int k = 1; k < count; ++k) {
+      if (inputs[k - 1].defined()) in[k] = flat(inputs[k - 1]);
+    }
+    const Tensor& first = *std::find_if(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.defined(); });
+    Tensor out = at::detail::empty_strided_cpu(first.sizes(), first.strides(), dtype);
+    table->apply(kernel, out.numel(), in, count, factor, flat(out), numbers.data(), false);
+    return out;
+  }
+
+  // The same by operations that torch can differentiate, transform and trace.
+  variable_list differentiable(const Tensor& incoming, const Tensor* arguments, const Tensor& weight) {
+    const int n = formula->inputs;
+    Tensor g = incoming;
+    if (reduction != none || has_weight) {
+      g = g.to(at::promote_types(g.scalar_type(), at::kFloat));
+      if (divisor != 1) g = g.div(divisor);
+      if (has_weight) g = g.mul(weight);
+    }
+    c10::List<std::optional<Tensor>> known;
+    for (int k = 1; k < n + 2; ++k) {
+      known.push_back(arguments[k].defined() ? std::optional<Tensor>(arguments[k]) : std::nullopt);
+    }
+    c10::List<bool> needed;
+    for (int i = 0; i < n; ++i) needed.push_back(task_should_compute_output(static_cast<size_t>(i)));
+    static const auto operation =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("torchcalc_nodes::differentiable_backward", "")
+            .typed<std::vector<Tensor>(
+                c10::string_view, const Tensor&, const c10::List<std::optional<Tensor>>&, at::ArrayRef<double>, c10::List<bool>)>();
+    std::vector<Tensor> found = operation.call(formula->name, g, known, numbers, needed);
+    variable_list grads(static_cast<size_t>(n));
+    size_t next = 0;
+    for (int i = 0; i < n; ++i) {
+      if (!needed.get(static_cast<size_t>(i))) continue;
+      grads[static_cast<size_t>(i)] = at::sum_to(found[next++], at::IntArrayRef(sizes[i])).to(dtypes[i]);
+    }
+    return grads;
+  }
+};
+
+// What the formula's inputs must be; the dtype of the result.
+bool takes(const Formula& formula, TensorList inputs, at::ScalarType& dtype) {
+  if (static_cast<int>(inputs.size()) != formula.inputs) return false;
+  dtype = inputs[0].scalar_type();
+  for (const Tensor& x : inputs) {
+    if (!is_plain(x) || x.scalar_type() != dtype) return false;
+  }
+  return true;
+}
+
+c10::intrusive_ptr<Backward> node_of(const Formula& formula, TensorList inputs, at::ArrayRef<double> numbers) {
+  auto node = c10::make_intrusive<Backward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  node->formula = &formula;
+  node->numbers.assign(numbers.begin(), numbers.end());
+  uint32_t used = 0;
+  for (int i = 0; i < formula.inputs; ++i) {
+    node->sizes.emplace_back(inputs[i].sizes().begin(), inputs[i].sizes().end());
+    node->dtypes.push_back(inputs[i].scalar_type());
+    if (inputs[i].requires_grad()) used |= formula.product[i].uses;
+  }
+  for (int i = 0; i < formula.inputs; ++i) {
+    if (used >> (1 + i) & 1) {
+      node->saved[i] = SavedVariable(inputs[i], false);
+      node->has[i] = true;
+    }
+  }
+  node->has_y = used >> (1 + formula.inputs) & 1;
+  return node;
+}
+
+bool has_derivatives(const Formula& formula, TensorList inputs) {
+  for (int i = 0; i < formula.inputs; ++i) {
+    if (inputs[i].requires_grad() && formula.product[i].of_float == nullptr) return false;
+  }
+  return true;
+}
+
+std::optional<Tensor> elementwise(int64_t place, TensorList inputs, at::ArrayRef<double> numbers) {
+  const Formula& formula = table->formulas[place];
+  at::ScalarType dtype;
+  if (!takes(formula, inputs, dtype)) return std::nullopt;
+  const bool recorded = torch::autograd::compute_requires_grad(inputs);
+  if (recorded && !has_derivatives(formula, inputs)) return std::nullopt;
+  Tensor out;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    out = compute(formula.value, inputs, dtype, numbers.data());
+  }
+  if (recorded) {
+    auto node = node_of(formula, inputs, numbers);
+    torch::autograd::set_history(out, node);
+    if (node->has_y) node->saved_y = SavedVariable(out, true);
+  }
+  return out;
+}
+
+std::optional<Tensor> reduced(
+    int64_t place, TensorList inputs, const std::optional<Tensor>& weight, at::ArrayRef<double> numbers, int64_t how,
+    bool by_weight) {
+  const Formula& formula = table->formulas[place];
+  const auto reduction = static_cast<Reduction>(how);
+  if (reduction == none && !weight) return elementwise(place, inputs, numbers);
+  at::ScalarType dtype;
+  if (!takes(formula, inputs, dtype)) return std::nullopt;
+  const bool recorded = torch::autograd::compute_requires_grad(inputs);
+  if (recorded && !has_derivatives(formula, inputs)) return std::nullopt;
+  if (weight && (!is_plain(*weight) || weight->scalar_type() != dtype || reduction == none ||
+                 (at::GradMode::is_enabled() && weight->requires_grad()))) {
+    return std::nullopt;
+  }
+  Tensor out;
+  double divisor = 1;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto all = aligned(inputs, weight);
+    Operand in[max_inputs + 1], w;
+    for (int i = 0; i < formula.inputs; ++i) in[i] = operand_like(all[i], all[0]);
+    if (weight) w = operand_like(all.back(), all[0]);
+    const int64_t n = all[0].numel();
+    double total = table->total(formula.value, n, in, formula.inputs, weight ? &w : nullptr, numbers.data());
+    if (reduction == mean) {
+      divisor = weight && by_weight ? table->sum(n, w) : static_cast<double>(n);
+      total = total / divisor;
+    }
+    out = at::detail::empty_cpu({}, dtype);
+    if (dtype == at::kFloat) {
+      *out.mutable_data_ptr<float>() = static_cast<float>(total);
+    } else {
+      out.fill_(total);
+    }
+  }
+  if (recorded) {
+    auto node = node_of(formula, inputs, numbers);
+    node->has_y = false;
+    node->reduction = reduction;
+    node->divisor = divisor;
+    if (weight) {
+      node->has_weight = true;
+      node->saved_weight = SavedVariable(*weight, false);
+    }
+    torch::autograd::set_history(out, node);
+  }
+  return out;
+}
+
+// Python. What is not taken is None: the caller then runs the formula on tensors.
+
+// The tensors of a call, if they are torch's own type and nothing wants to see the operations of the formula.
+bool read_inputs(PyObject* const* args, Py_ssize_t count, c10::SmallVector<Tensor, max_inputs>& inputs) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!THPVariable_CheckExact(args[i])) return false;
+    const Tensor& x = THPVariable_Unpack(args[i]);
+    if (!is_plain(x) || x._fw_grad(0).defined()) return false;
+    inputs.push_back(x);
+  }
+  return true;
+}
+
+bool is_observed() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+bool read_numbers(PyObject* const* args, Py_ssize_t count, Numbers& numbers) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!PyFloat_Check(args[i]) && !PyLong_Check(args[i])) return false;
+    numbers.push_back(PyFloat_AsDouble(args[i]));
+    if (PyErr_Occurred()) throw python_error();
+  }
+  return true;
+}
+
+PyObject* wrapped(std::optional<Tensor>&& y) {
+  if (!y) Py_RETURN_NONE;
+  return THPVariable_Wrap(*std::move(y));
+}
+
+// elementwise(place, *inputs, *numbers)
+PyObject* py_elementwise(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const int64_t place = PyLong_AsLongLong(args[0]);
+  const int n = table->formulas[place].inputs;
+  c10::SmallVector<Tensor, max_inputs> inputs;
+  Numbers numbers;
+  if (count < 1 + n || is_observed() || !read_inputs(args + 1, n, inputs) ||
+      !read_numbers(args + 1 + n, count - 1 - n, numbers)) {
+    Py_RETURN_NONE;
+  }
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = elementwise(place, inputs, numbers);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// reduced(place, *inputs, weight or None, reduction, by_weight, *numbers)
+PyObject* py_reduced(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const int64_t place = PyLong_AsLongLong(args[0]);
+  const int n = table->formulas[place].inputs;
+  c10::SmallVector<Tensor, max_inputs> inputs, weight;
+  Numbers numbers;
+  if (count < 4 + n || is_observed() || !read_inputs(args + 1, n, inputs) ||
+      !(args[1 + n] == Py_None || read_inputs(args + 1 + n, 1, weight)) ||
+      !read_numbers(args + 4 + n, count - 4 - n, numbers)) {
+    Py_RETURN_NONE;
+  }
+  const int64_t how = PyLong_AsLongLong(args[2 + n]);
+  const bool by_weight = PyObject_IsTrue(args[3 + n]);
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = reduced(place, inputs, weight.empty() ? std::nullopt : std::optional<Tensor>(weight[0]), numbers, how, by_weight);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// find(name, hash) -> place, or -1
+PyObject* py_find(PyObject*, PyObject* args) {
+  const char *name, *hash;
+  if (!PyArg_ParseTuple(args, "ss", &name, &hash)) return nullptr;
+  for (int64_t i = 0; i < table->count; ++i) {
+    if (std::strcmp(name, table->formulas[i].name) == 0 && std::strcmp(hash, table->formulas[i].hash) == 0) {
+      return PyLong_FromLongLong(i);
+    }
+  }
+  return PyLong_FromLong(-1);
+}
+
+// connect(address of the other library's table)
+PyObject* py_connect(PyObject*, PyObject* address) {
+  table = static_cast<const torchcalc::Table*>(PyLong_AsVoidPtr(address));
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"elementwise", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_elementwise)), METH_FASTCALL, nullptr},
+    {"reduced", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_reduced)), METH_FASTCALL, nullptr},
+    {"find", py_find, METH_VARARGS, nullptr},
+    {"connect", py_connect, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "torchcalc_nodes", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit_torchcalc_nodes() { return PyModule_Create(&module); }
+
+TORCH_LIBRARY(torchcalc_nodes, m) {
+  m.def("differentiable_backward(str formula, Tensor grad, Tensor?[] saved, float[] numbers, bool[] needed) -> Tensor[]");
+}

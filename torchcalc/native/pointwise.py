@@ -1,0 +1,72 @@
+"""The library of autograd nodes, called from Python: a formula's value, with a backward that calls its other kernels.
+
+Each function returns None for what it does not take: then nothing was computed. See ``csrc/node/node.cpp``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchcalc import native
+
+if TYPE_CHECKING:
+    from torchcalc.formula.pointwise import Formula
+
+__all__ = ["elementwise", "index", "reduced"]
+
+_indices: dict[str, int] = {}
+_connected: bool | None = None
+
+#: elementwise(index, *inputs, *numbers), reduced(index, *inputs, weight or None, reduction, by_weight, *numbers)
+elementwise: Any
+reduced: Any
+
+
+def index(formula: Formula) -> int:
+    """The place of the formula's kernels in the library, -1 if there are none of exactly this formula."""
+    found = _indices.get(formula.name)
+    if found is None:
+        found = _indices[formula.name] = _nodes.find(formula.name, formula.hash) if _connect() else -1
+    return found
+
+
+def _connect() -> bool:
+    """Give the nodes the table of kernels, and the formulas for backward of backward."""
+    global _connected, _nodes, elementwise, reduced
+    if _connected is None:
+        _nodes = native.nodes()
+        _connected = _nodes is not None
+        if _connected:
+            library = ctypes.CDLL(str(native.library()))
+            library.torchcalc_table.restype = ctypes.c_void_p
+            _nodes.connect(library.torchcalc_table())
+            elementwise, reduced = _nodes.elementwise, _nodes.reduced
+            _register_second_derivatives()
+    return _connected
+
+
+_nodes: Any = None
+_library: Any = None
+
+
+def _register_second_derivatives() -> None:
+    global _library
+    from torchcalc.formula.pointwise import FORMULAS, gradients
+
+    def differentiable_backward(
+        name: str, g: Tensor, saved: Sequence[Tensor | None], numbers: Sequence[float], needed: Sequence[bool]
+    ) -> list[Tensor]:
+        formula = FORMULAS[name]
+        known = dict(zip((*formula.inputs, *formula.parameters), (*saved[:-1], *numbers), strict=True)) | {
+            "y": saved[-1]
+        }
+        return [grad for grad in gradients(formula, g, known, needed) if grad is not None]
+
+    _library = torch.library.Library("torchcalc_nodes", "FRAGMENT")
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Batched"):  # vmap's two kinds too
+        _library.impl("differentiable_backward", differentiable_backward, key)
