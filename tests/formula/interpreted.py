@@ -24,7 +24,7 @@ class Formula:
     name: str
     inputs: tuple[str, ...]
     parameters: tuple[str, ...]
-    value: Expression
+    expression: Expression
     products: tuple[Expression | None, ...]
 
 

@@ -31,7 +31,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Formula(Protocol):
-    """What is launched: inputs and parameters by name, the value, and the product of each input's slope with the gradient.
+    """What is launched: inputs and parameters by name, its expression, and the product of each input's slope with the gradient.
 
     The products are expressions of the inputs, the parameters, the output "y" and the incoming gradient "g"; None where an
     input has no gradient.
@@ -44,7 +44,7 @@ class Formula(Protocol):
     @property
     def parameters(self) -> Sequence[str]: ...
     @property
-    def value(self) -> Expression: ...
+    def expression(self) -> Expression: ...
     @property
     def products(self) -> Sequence[Expression | None]: ...
 
@@ -194,7 +194,7 @@ def _make(formula: Formula, kind: Any, dtypes: Sequence[torch.dtype | None], ali
         names.remove("y")
     known = [d for d in dtypes if d is not None]
     type_ = compute_type(known)
-    output = formula.products[index] if product else formula.value
+    output = formula.products[index] if product else formula.expression
     if output is None:
         raise ValueError(
             f"{formula.name} has no gradient for {formula.inputs[index]!r}, but a kernel for it was asked for"
