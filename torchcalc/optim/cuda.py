@@ -627,7 +627,7 @@ def _is_taken(tensors: Sequence[Tensor]) -> bool:
 
 def check_graph_capture(optimizer: Any) -> None:
     """Raise where a CUDA graph would capture the numbers of one step."""
-    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # torch 2.12's name for it
+    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # its name after torch 2.11
     (check or optimizer._cuda_graph_capture_health_check)()
 
 
