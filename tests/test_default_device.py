@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import torchcalc.functional as ours
+import torchcalc.optim
 from tests import checks
 from tests.functions import ROWS, Row
 from tests.optim.cases import CASES, Case, build
-from torchcalc.testing import check_function, check_optimizer
+from torchcalc.testing import assert_function, assert_optimizer
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
@@ -64,7 +65,12 @@ def test_optimizers(case: Case, config: dict[str, Any], extras: dict[str, Any]) 
     assert all(map(torch.equal, steps("meta"), steps("cpu")))
 
 
-def test_what_checks_functions_and_optimizers() -> None:
+def test_check_function() -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     with torch.device("meta"):
-        assert check_function(ours.gelu, x, reference=torch.nn.functional.gelu, progress=False).ok
+        assert_function(ours.gelu, x, reference=torch.nn.functional.gelu, progress=False)
+
+
+def test_check_optimizer() -> None:
+    with torch.device("meta"):
+        assert_optimizer(torchcalc.optim.SGD, torch.optim.SGD, options=dict(lr=0.1, momentum=0.9), progress=False)

@@ -13,7 +13,7 @@ import torch
 
 import torchcalc
 from torchcalc import native
-from torchcalc.native import build
+from torchcalc.native import build, gpu
 
 
 def report() -> str:
@@ -34,6 +34,7 @@ def report() -> str:
         "kernels": kernels,
         "instruction set": instructions,
         "autograd's nodes": "loaded" if native.nodes() else f"not loaded: {native.why_no_nodes()}",
+        "on GPUs": gpu.version() if gpu.available() else f"no kernels: {gpu.why_not()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "devices": ", ".join(devices),
     }

@@ -19,7 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "Kernel", "available", "capturing", "is_dense", "options", "stream", "takes", "why_not"]
+__all__ = [
+    "INTERPRETED",
+    "Kernel",
+    "available",
+    "capturing",
+    "is_dense",
+    "options",
+    "stream",
+    "takes",
+    "version",
+    "why_not",
+]
 
 #: Whether kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,6 +54,11 @@ def why_not() -> str:
     """Why there are no kernels for GPUs, and what to do about it; empty if there are."""
     available()
     return _why_not or ""
+
+
+def version() -> str:
+    """What compiles the kernels."""
+    return f"Triton {_triton.__version__}" if available() else ""
 
 
 def takes(device: torch.device) -> bool:
@@ -162,7 +178,8 @@ class Kernel:
             with torch.cuda.device(device.index):
                 return self._launch_slowly(device, programs, tensors, numbers)
         hooks = _triton.knobs.runtime
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler wants to see the launch
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler wants to see the launch
             return self._launch_slowly(device, programs, tensors, numbers)
         run, function, metadata = compiled
         run(

@@ -11,6 +11,7 @@ device where torch keeps them there (capturable, fused), and where a step may be
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -113,7 +114,10 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
             for batch in plan.batches:
                 batch.hand_over(plan.grads, memory)
     control = counter = None
-    counted = seed is not None and memory.capturing
+    # A graph holds one seed, to which it adds a count of its replays. The steps before it find the kernels compiled for that.
+    counted = seed is not None and (
+        memory.capturing or any(group.get("capturable") for group in optimizer.param_groups)
+    )
     if controlled or counted:
         known = memory.controls.get(device)
         if known is None:
@@ -295,6 +299,7 @@ class Plan:
         self._addressed([e.g for e in entries])
         for device in {batch.device for batch in self.batches}:
             if device.type == "cuda":
+                prepare_for_graphs(device)
                 torch.cuda.current_stream(device).synchronize()  # then the tables are there for every stream
 
     def _count(self, optimizer: Any, memory: Memory, index: int, group: dict[str, Any], entries: list[Any]) -> None:
@@ -623,6 +628,13 @@ def _is_taken(tensors: Sequence[Tensor]) -> bool:
         and not t.is_neg()
         for t in tensors
     )
+
+
+@functools.cache
+def prepare_for_graphs(device: torch.device) -> None:
+    """Compile the kernel that only a step in a graph launches: nothing can be loaded during the capture."""
+    scratch = torch.empty(kernels.ADDRESSES, dtype=torch.int64, device=device)
+    kernels.copy_addresses().launch(device, 1, [scratch], (0, *[0] * kernels.ADDRESSES))
 
 
 def check_graph_capture(optimizer: Any) -> None:

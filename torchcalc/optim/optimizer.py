@@ -11,10 +11,11 @@ Which way a step goes, group by group:
 
 =====================================  =================================================================================
 ``foreach=False`` (or fused=False)     tensor by tensor; in float32 and wider equal to torch's loop to the last bit
-``foreach=True``; default on CUDA      one ``torch._foreach_*`` call per operation of the rule and bucket
-``fused=True`` on CUDA                 the same, and GradScaler's scale and found_inf are handled inside
+``foreach=True``                       one ``torch._foreach_*`` call per operation of the rule and bucket
+default and fused on CUDA              one launch for all tensors (:mod:`torchcalc.optim.cuda`); without Triton, or for
+                                       tensors that it does not take, as with foreach=True
 ``differentiable=True``                tensor by tensor, out of place, recorded by autograd
-otherwise (default and fused on CPU)   the rule's kernel over all tensors at once (:mod:`torchcalc.optim.kernel`); without
+default and fused on CPU               the rule's kernel over all tensors at once (:mod:`torchcalc.optim.kernel`); without
                                        one, or for tensors that it does not take, tensor by tensor
 =====================================  =================================================================================
 

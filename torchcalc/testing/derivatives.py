@@ -123,7 +123,7 @@ def adjoint(subject: Subject) -> Finding | None:
     outputs = subject.call(*leaves)
     u, v = directions(subject, inputs), subject.incoming(outputs)
     grads = pull(outputs, [leaves[i] for i in subject.wrt], v)
-    right = sum(((g * d).sum() for g, d in zip(grads, u, strict=True) if g is not None), torch.zeros(()))
+    right = sum(((g * d).sum() for g, d in zip(grads, u, strict=True) if g is not None), u[0].new_zeros(()))
     size = sum((float((g * d).abs().sum()) for g, d in zip(grads, u, strict=True) if g is not None), 0.0)
     try:
         pushed, how = tangent(subject, inputs, u), "forward mode"
@@ -131,7 +131,7 @@ def adjoint(subject: Subject) -> Finding | None:
         pushed, how = twice(outputs, [leaves[i] for i in subject.wrt], v, u), "backward twice"
     if not size and all(p is None for p in pushed):
         return Finding("", figure="both are zero")
-    left = sum(((p * w).sum() for p, w in zip(pushed, v, strict=True) if p is not None), torch.zeros(()))
+    left = sum(((p * w).sum() for p, w in zip(pushed, v, strict=True) if p is not None), u[0].new_zeros(()))
     size += sum((float((p * w).abs().sum()) for p, w in zip(pushed, v, strict=True) if p is not None), 0.0)
     allowed = 1e3 * torch.finfo(subject.exact).eps * size
     names = ("<v, Ju>", "<J'v, u>")

@@ -51,7 +51,7 @@ class Comparison:
         if not excess.numel() or not (excess > 1).any():
             return None
         worst = int(excess.argmax())
-        index = [int(i) for i in torch.unravel_index(torch.tensor(worst), excess.shape)]
+        index = [int(i) for i in torch.unravel_index(torch.tensor(worst, device="cpu"), excess.shape)]
         a, e, bar = (float(t.reshape(-1)[worst]) for t in (self.actual, self.expected, self.allowed))
         ratio = a / e if e else math.copysign(math.inf, a) if a else math.nan
         cause = self.cause(excess > 1)

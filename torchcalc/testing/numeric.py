@@ -40,14 +40,16 @@ def of_input(subject: Subject, inputs: Inputs, i: int, fn: Any = None) -> Callab
 def chosen(x: Tensor) -> list[int]:
     """Flat indices of at most MOST elements."""
     n = x.numel()
-    return (
-        list(range(n)) if n <= MOST else torch.randperm(n, generator=torch.Generator().manual_seed(3))[:MOST].tolist()
-    )
+    if n <= MOST:
+        return list(range(n))
+    order = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(3), device="cpu")
+    return list(order[:MOST].tolist())
 
 
 def spread_out(slopes: Slopes, x: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(value, allowed, use) in the shape of x, from the slopes of some of its elements."""
-    value, use = torch.zeros(x.numel(), dtype=x.dtype, device=x.device), torch.zeros(x.numel(), dtype=torch.bool)
+    value = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
+    use = torch.zeros(x.numel(), dtype=torch.bool, device="cpu")
     allowed = torch.ones_like(value)
     value[indices] = slopes.value.to(x.dtype)
     allowed[indices] = tolerance(slopes).to(x.dtype)
@@ -67,7 +69,7 @@ def left_out(subject: Subject, i: int, x: Tensor, slopes: Slopes, indices: Seque
     names = []
     for k, kink, left, right in zip(indices, slopes.kink, slopes.left, slopes.right, strict=True):
         if kink:
-            index = [int(j) for j in torch.unravel_index(torch.tensor(k), x.shape)]
+            index = [int(j) for j in torch.unravel_index(torch.tensor(k, device="cpu"), x.shape)]
             names.append(f"{subject.label(i)} {index} = {x.reshape(-1)[k].item():.4g} ({left:.3g} | {right:.3g})")
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"; kinks left out: {', '.join(names[:3])}{more}" if names else ""

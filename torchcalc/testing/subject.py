@@ -35,9 +35,9 @@ def said(error: Exception) -> str:
 
 def normal(like: Tensor, seed: int) -> Tensor:
     """Numbers of magnitude 0.5 to 1.5 and either sign, the same for the same seed, on any device."""
-    generator = torch.Generator().manual_seed(seed)
-    size = torch.rand(like.shape, generator=generator, dtype=torch.float64) + 0.5
-    sign = torch.randint(2, like.shape, generator=generator) * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(seed)
+    size = torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+    sign = torch.randint(2, like.shape, generator=generator, device="cpu") * 2 - 1
     return (size * sign).to(like.device, like.dtype)
 
 

@@ -163,11 +163,12 @@ def pytest_optimizer(
 
 @contextlib.contextmanager
 def _own_rng() -> Iterator[None]:
-    """The same random numbers every time, and none of the caller's."""
+    """The same random numbers every time, and none of the caller's; on the CPU, whatever the default device."""
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(0)
     try:
-        yield
+        with torch.device("cpu"):
+            yield
     finally:
         torch.set_rng_state(before)
 
