@@ -18,7 +18,6 @@ def sources() -> dict[str, str]:
     ('formulas_0.cpp', True)
     """
     import torchcalc.functional  # noqa: F401  defines them
-
     from torchcalc.formula.rule_cpp import rule_file
     from torchcalc.optim.kernel import all_recordings
 

@@ -126,6 +126,15 @@ class Formula:
         )
 
     @functools.cached_property
+    def weighted(self) -> Formula:
+        """weight·value, of one more input, which gets no gradient."""
+        w = Expression.input("weight")
+        formula = Formula(f"Weighted{self.name}", self.value, self.slopes, (*self.inputs, "weight"), self.parameters)
+        formula.__dict__["expression"] = w * self.expression
+        formula.__dict__["products"] = (*(None if p is None else w * p for p in self.products), None)
+        return formula
+
+    @functools.cached_property
     def unconnected(self) -> tuple[tuple[str, ...], ...]:
         """Of each product what it depends on by comparisons alone: autograd would call its derivative unused, not zero."""
         return tuple(() if p is None else tuple(sorted(p.inputs() - _followed(p))) for p in self.products)

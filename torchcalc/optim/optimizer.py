@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from torchcalc.optim import kernel
+from torchcalc.optim import cuda, kernel
 from torchcalc.optim.checkpoint import load_state_dict
 from torchcalc.optim.checks import warn_of_misspelling
 from torchcalc.optim.extras import (
@@ -100,8 +100,6 @@ class Optimizer(torch.optim.Optimizer):
 
     #: ‖g‖ over all parameters at the last step, before clipping; needs max_norm or skip_nonfinite.
     grad_norm: float | Tensor | None = None
-    #: How many steps skip_nonfinite has left out.
-    skipped_steps: int = 0
 
     def __init__(
         self,
@@ -197,14 +195,23 @@ class Optimizer(torch.optim.Optimizer):
         self._plans: dict[tuple[int, bytes], Plan] = {}  # by group, and by which of its parameters have a gradient
         self._states: list[dict[str, Any]] = []  # each parameter's state: the very dicts that the plans read
         self._new_plans = False
+        self._memory = cuda.Memory(getattr(self, "_memory", None))
+        self._skipped = 0
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps skip_nonfinite has left out. On a GPU reading it waits for the device."""
+        return self._skipped + cuda.skipped_steps(self._memory)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_norm", "skip_nonfinite", "rounding", "grad_norm", "skipped_steps")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        skipped = state.get("skipped_steps", self.skipped_steps if "_memory" in self.__dict__ else 0)
+        super().__setstate__({k: x for k, x in state.items() if k != "skipped_steps"})
         self._forget()
+        self._skipped = skipped
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -237,22 +244,27 @@ class Optimizer(torch.optim.Optimizer):
     def _step(self) -> None:
         grad_scale = getattr(self, "grad_scale", None)  # GradScaler lends these two for the time of a fused step
         found_inf = getattr(self, "found_inf", None)
+        if self._plans and not same(self._states, self.state.values()):
+            self._plans.clear()
+        if cuda.is_wanted(self) and cuda.step(self, self._memory, grad_scale, found_inf):
+            return
         if found_inf is not None and found_inf.item():
-            self.skipped_steps += self.skip_nonfinite
+            self._skipped += self.skip_nonfinite
             return
         scaling = self._scaling(grad_scale)
         if scaling is None:
-            self.skipped_steps += 1
+            self._skipped += 1
             return
-        if self._plans and not same(self._states, self.state.values()):
-            self._plans.clear()
         steps = [self._prepare(i, group) for i, group in enumerate(self.param_groups)]  # each may raise; then all run
-        if self._new_plans:
-            self._new_plans, self._states = False, list(self.state.values())
+        self._note_plans()
         for step in steps:
             step(scaling)
             if scaling.seed is not None:  # one for each group: a kernel counts the places within its group only
                 scaling = scaling._replace(seed=scaling.seed + 1)
+
+    def _note_plans(self) -> None:
+        if self._new_plans:
+            self._new_plans, self._states = False, list(self.state.values())
 
     def _scaling(self, grad_scale: Tensor | None) -> Scaling | None:
         """What max_norm, skip_nonfinite and rounding make of this step; None to skip it."""
@@ -325,7 +337,7 @@ class Optimizer(torch.optim.Optimizer):
             if group["capturable"]:
                 check_capturable(params, self.on_device)
             if not params[0].is_cpu:
-                self._accelerator_graph_capture_health_check()  # raises where a graph would capture one step's numbers
+                cuda.check_graph_capture(self)
         keys = self.slots(group).values()
         entries = []
         for p, g in zip(params, grads, strict=True):
