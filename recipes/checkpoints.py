@@ -1,8 +1,8 @@
 """The checkpoint that ``--ckpt_path`` names: found, and known to fit before anything is written."""
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -31,12 +31,14 @@ def find(given: str, folder: Path) -> Path:
 
 def read(path: Path, recipe: str, weights_only: bool) -> dict[str, Any]:
     """The checkpoint's content, if it is one of Lightning's, and this recipe's as far as it says whose it is."""
+    if not is_zipfile(path):
+        fail(f"ckpt_path: {str(path)!r} is no checkpoint, or was cut short")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # whatever unpickling it does
         if "Unsupported global" in str(error):
             fail(f"ckpt_path: {str(path)!r} holds more than tensors and numbers; if you trust it: --weights_only=false")
-        fail(f"ckpt_path: {str(path)!r} is no checkpoint, or was cut short")
+        fail(f"ckpt_path: {str(path)!r} is no checkpoint: {type(error).__name__}: {' '.join(str(error).split())}")
     if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
         fail(f"ckpt_path: {str(path)!r} is no checkpoint of Lightning; those of a run lie in its folder checkpoints")
     if (other := checkpoint.get("recipe", recipe)) != recipe:

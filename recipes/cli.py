@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import math
 import re
 import sys
 import warnings
@@ -215,12 +214,13 @@ class RecipeCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best checkpoint; say how well it did, where everything lies and how to look at it."""
         ended = self.trainer.callback_metrics  # of the last epoch; the test begins anew
-        losses = {tag: float(ended[tag]) for tag in ("loss/train", "loss/val") if tag in ended}
+        losses = {tag: ended[tag] for tag in ("loss/train", "loss/val") if tag in ended}
+        diverged = [f"{tag} is {float(loss)}" for tag, loss in losses.items() if not loss.isfinite()]
         steps = self.trainer.global_step
         keeper = self.trainer.checkpoint_callback
         best, score = getattr(keeper, "best_model_path", ""), getattr(keeper, "best_model_score", None)
-        if score is not None and not score.isfinite():
-            best = ""  # of nothing but nan
+        if diverged if score is None else not score.isfinite():  # without a monitor the newest counts as the best
+            best = ""
         report = []
         if is_overridden("test_step", self.model):
             self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, verbose=False)
@@ -235,7 +235,7 @@ class RecipeCLI(LightningCLI):
             sys.stderr.write(
                 f"warning: no step was made: the checkpoint has all {steps}; --trainer.max_epochs allows more\n"
             )
-        if diverged := [f"{tag} is {loss}" for tag, loss in losses.items() if not math.isfinite(loss)]:
+        if diverged:
             remedy = "the training diverged; try a smaller learning rate"
             sys.stderr.write(f"error: after {steps} steps {' and '.join(diverged)}: {remedy}\n")
             raise SystemExit(1)
