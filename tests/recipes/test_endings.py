@@ -43,7 +43,7 @@ def test_interrupted(epoch, tmp_path, monkeypatch, capsys):
         main(["digits", *BRIEF, "--trainer.max_epochs=4", QUIET])
     monkeypatch.setattr(Classifier, "training_step", step)
     assert end.value.code == 130
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     report = rows(out)
     assert report["interrupted"] == f"in epoch {epoch}"
     assert report["run"] == "runs/digits/version_0"
