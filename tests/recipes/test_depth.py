@@ -9,7 +9,7 @@ from scipy.optimize import brentq
 
 from recipes.__main__ import main
 from recipes.data import Digits
-from recipes.deep_nets import VARIANCE, deep_net, gain, weight_gradients
+from recipes.deep_nets import VARIANCE, Residual, deep_net, gain, weight_gradients
 from recipes.depth import Depth
 from tests.recipes.conftest import curves, run_recipe
 from torchcalc import nn as calc
@@ -69,6 +69,24 @@ def test_200_layers_at_initialisation(batch):
     assert 0 < ratio["sigmoid"] < 1e-110
     assert 1e-3 < ratio["ReLU"] < 1e3
     assert 0.5 < ratio["residual"] < 2
+
+
+def test_residual_net_grows_as_derived(batch):
+    """The variance by (2), the gradient by (3), which depend on neither width nor depth, up to the two layers at the ends."""
+    torch.manual_seed(0)
+    depth, stream = 50, []
+    x = batch[0]
+    for layer in deep_net("residual", depth, width=256):
+        x = layer(x)
+        if isinstance(layer, calc.Linear | Residual):
+            x.retain_grad()
+            stream.append(x)
+    calc.CrossEntropyLoss()(x, batch[1]).backward()
+    first, last = stream[0], stream[-2]  # the last of all are the logits
+    a = (1 - 1 / math.pi) * (depth - 2) / depth
+    assert (last.var(1).mean() / first.var(1).mean()).item() == pytest.approx(1 + a, rel=0.05)
+    growth = (first.grad.norm() / last.grad.norm()).item()
+    assert growth == pytest.approx(math.sqrt((1 + a) ** (1 / (1 - 1 / math.pi))), rel=0.05)
 
 
 def test_nets_learn_as_if_alone(batch):
