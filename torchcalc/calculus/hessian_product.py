@@ -186,9 +186,9 @@ class HessianProduct:
             if live:
                 outputs, vs = [gs[j] for j in live], [ws[j] for j in live]
                 found = torch.autograd.grad(outputs, xs, vs, retain_graph=keep, allow_unused=True)  # (2)
-                total += self._join([torch.zeros_like(x) if h is None else h for x, h in zip(xs, found, strict=True)])
+                self._add(total, found)
                 connected = connected or any(h is not None for h in found)
-        return total / self._scale, connected
+        return (total if self._scale == 1 else total.div_(self._scale)), connected
 
     def _record(self, part: Callable[[Any], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Fresh variables, and the gradient of a part by them with its graph."""
@@ -202,7 +202,7 @@ class HessianProduct:
         return xs, [torch.zeros_like(x) if g is None else g.to_dense() for g, x in zip(gs, xs, strict=True)]
 
     def _evaluate(self, part: Callable[[Any], Tensor], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        xs = [x.detach().clone().requires_grad_() for x in values]
+        xs = [(x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in values]
         y = part(xs[0] if self._bare else dict(zip(self._at, xs, strict=True)))
         if not isinstance(y, Tensor) or y.numel() != 1 or not y.is_floating_point():
             what = f"shape {tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
@@ -211,13 +211,19 @@ class HessianProduct:
             raise Unconnected("f: its value does not depend on `at`; compute it from `at` by differentiable operations")
         return xs, y
 
-    def _gradient(self, values: list[Tensor]) -> Tensor:
-        total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+    def _gradient(self, values: list[Tensor], total: Tensor | None = None, sign: int = 1) -> Tensor:
+        """∇f at some values, or the total with its multiple added."""
+        total = torch.zeros(self.size, dtype=self.dtype, device=self.device) if total is None else total
         for part in self._parts:
             xs, y = self._evaluate(part, values)
-            gs = torch.autograd.grad(y, xs, allow_unused=True)
-            total += self._join([torch.zeros_like(x) if g is None else g for x, g in zip(xs, gs, strict=True)])
+            self._add(total, torch.autograd.grad(y, xs, allow_unused=True), sign)
         return total
+
+    def _add(self, total: Tensor, pieces: Sequence[Tensor | None], sign: int = 1) -> None:
+        """Add pieces like x to a vector in place: at most one of them is copied at a time."""
+        for place, piece in zip(total.split([x.numel() for x in self._at.values()]), pieces, strict=True):
+            if piece is not None:
+                place.add_(piece.to_dense().reshape(-1).to(self.device, self.dtype), alpha=sign)
 
     def _low(self) -> torch.dtype | None:
         return next((x.dtype for x in self._at.values() if x.dtype not in (torch.float32, torch.float64)), None)
@@ -229,12 +235,12 @@ class HessianProduct:
         if not v.any() or not v.isfinite().all():
             return _Quotient(step, v * 0, 0.0)
         xs = list(self._at.values())
-        rms = self._join(xs).square().mean().sqrt()
+        rms = torch.stack([x.norm().to(v) for x in xs]).norm() / self.size**0.5
         h = step * (3 * self.eps) ** (1 / 3) * rms.clamp(min=0.01) / v.abs().max()  # (4), in units of ‖v‖
-        steps = self._split(h * v)
-        above = self._gradient([x + s for x, s in zip(xs, steps, strict=True)])
-        below = self._gradient([x - s for x, s in zip(xs, steps, strict=True)])
-        return _Quotient(step, (above - below) / (2 * h), float(self.eps * above.norm() / h))  # (3)
+        there = lambda h: [x + s * h.to(s) for x, s in zip(xs, self._split(v), strict=True)]  # noqa: E731
+        above = self._gradient(there(h))
+        noise = float(self.eps * above.norm() / h)
+        return _Quotient(step, self._gradient(there(-h), above, -1).div_(2 * h), noise)  # (3)
 
     def _scan(self, v: Tensor) -> list[_Quotient]:
         return [self._difference(v, step) for step in STEPS]
@@ -255,9 +261,10 @@ class HessianProduct:
         doubt = _norm(near.value - self._difference(v, 10.0).value) + near.noise  # (5)
         if doubt <= CLOSE * size and gap > 5 * CLOSE * size:
             return f"torch's own second derivative is wrong: {_found(product, near.value)}"
+        del near  # a vector as large as x
         u = torch.randn(self.size, generator=torch.Generator().manual_seed(1), dtype=self.dtype).to(self.device)
         other = self._exact(u)[0]
-        left, right = float(u.double() @ product.double()), float(v.double() @ other.double())
+        left, right = (float((a * b).sum(dtype=torch.float64)) for a, b in ((u, product), (v, other)))
         if abs(left - right) > CLOSE * (_norm(product) + _norm(other) * _norm(v) / self.size**0.5):  # (6)
             return (
                 f"torch's own second derivative is wrong: it is not symmetric, uᵀHv = {left:.3g} and vᵀHu = {right:.3g}"
