@@ -10,7 +10,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -23,6 +26,7 @@
 #include <cstring>
 
 #include "../pointwise.h"
+#include "gpu.h"
 
 namespace {
 
@@ -52,10 +56,10 @@ bool number_of(at::ScalarType type, Number& number) {
   }
 }
 
-// Dense memory of this process that a kernel may read, with nothing of torch's left to be done to it.
+// Numbers in memory that a kernel may read, with nothing of torch's left to be done to them.
 bool is_plain(const Tensor& x) {
   Number number;
-  return x.device().is_cpu() && x.layout() == at::kStrided && number_of(x.scalar_type(), number) && !x.is_neg() &&
+  return (x.device().is_cpu() || x.device().is_cuda()) && x.layout() == at::kStrided && number_of(x.scalar_type(), number) && !x.is_neg() &&
       !x._is_zerotensor() && !at::isTensorSubclassLike(x);
 }
 
@@ -80,6 +84,71 @@ bool is_one_number(const Tensor& x) {
 }
 
 bool is_one_number(const Tensor& x, const Tensor& like) { return x.sizes() == like.sizes() && is_one_number(x); }
+
+// The number of a formula, in the order of the table.
+int64_t place_of(const Formula& formula) { return &formula - table->formulas; }
+
+// On a GPU: one launch over tensors that are dense, alike, of one dtype and aligned; undefined where there is none for them.
+Tensor launched(
+    const Formula& formula, int kind, at::ArrayRef<Tensor> arguments, const double* scale, at::ArrayRef<double> numbers) {
+  torchcalc::Gpu& gpu = torchcalc::Gpu::instance();
+  const Tensor* like = nullptr;
+  for (const Tensor& x : arguments) {
+    if (x.defined() && !like && (x.dim() > 0 || scale == nullptr)) like = &x;
+  }
+  if (!like) like = std::find_if(arguments.begin(), arguments.end(), [](const Tensor& x) { return x.defined(); });
+  const at::ScalarType type = like->scalar_type();
+  if (!like->is_non_overlapping_and_dense() || !torchcalc::Gpu::is_current(*like)) return {};
+  c10::SmallVector<void*, max_inputs + 3> pointers;
+  for (size_t k = 0; k < arguments.size(); ++k) {
+    const Tensor& x = arguments[k];
+    if (!x.defined()) continue;
+    const bool one = scale != nullptr && k == 0;  // the gradient of a reduced loss
+    if (x.scalar_type() != type || x.device() != like->device() || !torchcalc::Gpu::is_aligned(x)) return {};
+    if (one ? x.numel() != 1 : !lies_like(x, *like)) return {};
+    pointers.push_back(const_cast<void*>(x.const_data_ptr()));
+  }
+  const auto launch = gpu.find(torchcalc::Gpu::key(place_of(formula), kind, type, like->device().index()), numbers);
+  if (!launch) return {};
+  Tensor out = at::empty_like(*like);
+  const int64_t n = out.numel();
+  if (n == 0) return out;
+  pointers.push_back(out.mutable_data_ptr());
+  gpu.run(*launch, (n + launch->block - 1) / launch->block, pointers, n, scale, type == at::kDouble);
+  return out;
+}
+
+// Σ value·scale in one launch or two, likewise.
+Tensor launched_total(const Formula& formula, TensorList inputs, double scale, at::ArrayRef<double> numbers) {
+  torchcalc::Gpu& gpu = torchcalc::Gpu::instance();
+  const Tensor& like = inputs[0];
+  const at::ScalarType type = like.scalar_type();
+  if (!like.is_non_overlapping_and_dense() || !torchcalc::Gpu::is_current(like) || like.numel() == 0) return {};
+  c10::SmallVector<void*, max_inputs + 3> pointers;
+  for (const Tensor& x : inputs) {
+    if (x.device() != like.device() || !lies_like(x, like) || !torchcalc::Gpu::is_aligned(x)) return {};
+    pointers.push_back(const_cast<void*>(x.const_data_ptr()));
+  }
+  const auto find = [&](int64_t place, int kind, at::ArrayRef<double> given) {
+    return gpu.find(torchcalc::Gpu::key(place, kind, type, like.device().index()), given);
+  };
+  const int64_t n = like.numel(), place = place_of(formula);
+  const auto whole = find(place, torchcalc::loss, numbers), part = find(place, torchcalc::partial, numbers);
+  const auto total = find(-1 & 0xFFFF, torchcalc::value, {});  // Σ of partial sums, the same for every formula
+  if (!whole || !part || !total) return {};
+  Tensor out = at::empty({}, like.options());
+  if (n <= whole->block) {
+    pointers.push_back(out.mutable_data_ptr());
+    gpu.run(*whole, 1, pointers, n, &scale, type == at::kDouble);
+    return out;
+  }
+  const int64_t programs = std::min((n + part->block - 1) / part->block, total->block);
+  const Tensor sums = at::empty({programs}, like.options().dtype(at::kDouble));
+  pointers.push_back(sums.mutable_data_ptr());
+  gpu.run(*part, programs, pointers, n, nullptr, type == at::kDouble);
+  gpu.run(*total, 1, {sums.mutable_data_ptr(), out.mutable_data_ptr()}, programs, &scale, true);
+  return out;
+}
 
 // kernel(arguments), where undefined arguments are those that it does not use; its result has the dtype given.
 Tensor compute(const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarType dtype, const double* numbers) {
@@ -193,6 +262,7 @@ struct Backward : public Node {
     Tensor weight;
     if (has_weight) plain &= is_plain(weight = saved_weight.unpack(self));
     if (!plain || at::GradMode::is_enabled()) return differentiable(g, arguments, weight);
+    if (g.is_cuda()) return on_gpu(g, arguments);
 
     Tensor wide;  // of a weighted loss without reduction
     if (reduction == none && has_weight) wide = g.to(at::promote_types(g.scalar_type(), at::kFloat)).mul(weight);
@@ -214,6 +284,29 @@ struct Backward : public Node {
         grad = at::sum_to(grad, at::IntArrayRef(sizes[i])).to(dtypes[i]);
       }
       grads[static_cast<size_t>(i)] = std::move(grad);
+    }
+    return grads;
+  }
+
+  variable_list on_gpu(const Tensor& g, const Tensor* arguments) {
+    const int n = formula->inputs;
+    const double scale = 1 / divisor;
+    variable_list grads(static_cast<size_t>(n));
+    for (int i = 0; i < n; ++i) {
+      if (!task_should_compute_output(static_cast<size_t>(i))) continue;
+      Tensor used[max_inputs + 2];
+      for (int k = 1; k < n + 2; ++k) {
+        if (formula->product[i].uses >> k & 1) used[k] = arguments[k];
+      }
+      const Tensor& like = *std::find_if(used + 1, used + n + 2, [](const Tensor& x) { return x.defined(); });
+      used[0] = g;
+      if (like.defined() && reduction == none && (!lies_like(g, like) || !torchcalc::Gpu::is_aligned(g))) {
+        used[0] = at::empty_like(like).copy_(g);
+      }
+      const int kind = (reduction == none ? torchcalc::product : torchcalc::loss_product) + i;
+      Tensor& grad = grads[static_cast<size_t>(i)];
+      grad = launched(*formula, kind, at::ArrayRef<Tensor>(used, n + 2), reduction == none ? nullptr : &scale, numbers);
+      if (!grad.defined()) return differentiable(g, arguments, {});
     }
     return grads;
   }
@@ -295,9 +388,9 @@ bool takes(const Formula& formula, TensorList inputs, at::ScalarType& dtype) {
   if (static_cast<int>(inputs.size()) != formula.inputs) return false;
   dtype = inputs[0].scalar_type();
   for (const Tensor& x : inputs) {
-    if (!is_plain(x) || x.scalar_type() != dtype) return false;
+    if (!is_plain(x) || x.scalar_type() != dtype || x.device() != inputs[0].device()) return false;
   }
-  return true;
+  return inputs[0].is_cpu() || torchcalc::Gpu::instance().is_ready();
 }
 
 c10::intrusive_ptr<Backward> node_of(const Formula& formula, TensorList inputs, at::ArrayRef<double> numbers) {
@@ -337,14 +430,40 @@ std::optional<Tensor> elementwise(int64_t place, TensorList inputs, at::ArrayRef
   Tensor out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    out = compute(formula.value, inputs, dtype, numbers.data());
+    out = inputs[0].is_cuda() ? launched(formula, torchcalc::value, inputs, nullptr, numbers)
+                              : compute(formula.value, inputs, dtype, numbers.data());
   }
+  if (!out.defined()) return std::nullopt;
   if (recorded) {
     auto node = node_of(formula, inputs, numbers);
     torch::autograd::set_history(out, node);
     if (node->has_y) node->saved_y = SavedVariable(out, true);
   }
   return out;
+}
+
+// On CPU: the reduced loss, and the number that its mean is divided by.
+double total_of(
+    const Formula& formula, TensorList inputs, const std::optional<Tensor>& weight, at::ArrayRef<double> numbers,
+    Reduction reduction, bool by_weight, at::ScalarType dtype, Tensor& out) {
+  const auto all = aligned(inputs, weight);
+  Operand in[max_inputs + 1], w;
+  for (int i = 0; i < formula.inputs; ++i) in[i] = operand_like(all[i], all[0]);
+  if (weight) w = operand_like(all.back(), all[0]);
+  const int64_t n = all[0].numel();
+  double total = table->total(formula.value, n, in, formula.inputs, weight ? &w : nullptr, numbers.data());
+  double divisor = 1;
+  if (reduction == mean) {
+    divisor = weight && by_weight ? table->sum(n, w) : static_cast<double>(n);
+    total = total / divisor;
+  }
+  out = at::detail::empty_cpu({}, dtype);
+  if (dtype == at::kFloat) {
+    *out.mutable_data_ptr<float>() = static_cast<float>(total);
+  } else {
+    out.fill_(total);
+  }
+  return divisor;
 }
 
 std::optional<Tensor> reduced(
@@ -365,21 +484,13 @@ std::optional<Tensor> reduced(
   double divisor = 1;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto all = aligned(inputs, weight);
-    Operand in[max_inputs + 1], w;
-    for (int i = 0; i < formula.inputs; ++i) in[i] = operand_like(all[i], all[0]);
-    if (weight) w = operand_like(all.back(), all[0]);
-    const int64_t n = all[0].numel();
-    double total = table->total(formula.value, n, in, formula.inputs, weight ? &w : nullptr, numbers.data());
-    if (reduction == mean) {
-      divisor = weight && by_weight ? table->sum(n, w) : static_cast<double>(n);
-      total = total / divisor;
-    }
-    out = at::detail::empty_cpu({}, dtype);
-    if (dtype == at::kFloat) {
-      *out.mutable_data_ptr<float>() = static_cast<float>(total);
+    if (inputs[0].is_cuda()) {
+      if (weight) return std::nullopt;
+      if (reduction == mean) divisor = static_cast<double>(inputs[0].numel());
+      out = launched_total(formula, inputs, 1 / divisor, numbers);
+      if (!out.defined()) return std::nullopt;
     } else {
-      out.fill_(total);
+      divisor = total_of(formula, inputs, weight, numbers, reduction, by_weight, dtype, out);
     }
   }
   if (recorded) {
@@ -483,6 +594,34 @@ PyObject* py_find(PyObject*, PyObject* args) {
   return PyLong_FromLong(-1);
 }
 
+// enter_launch(place, kind, dtype, device, function, threads, shared, block, parameters, numbers)
+PyObject* py_enter_launch(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  long long place, function, block;
+  int kind, device;
+  unsigned threads, shared;
+  PyObject *dtype, *given, *numbers;
+  if (!PyArg_ParseTuple(
+          args, "LiOiLIILOO", &place, &kind, &dtype, &device, &function, &threads, &shared, &block, &given, &numbers)) {
+    return nullptr;
+  }
+  torchcalc::Launch launch;
+  launch.function = reinterpret_cast<void*>(function);
+  launch.threads = threads;
+  launch.shared = shared;
+  launch.block = block;
+  const auto read = [](PyObject* tuple, std::vector<double>& to) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) to.push_back(PyFloat_AsDouble(PyTuple_GetItem(tuple, i)));
+    if (PyErr_Occurred()) throw python_error();
+  };
+  read(given, launch.given);
+  read(numbers, launch.numbers);
+  const at::ScalarType type = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
+  torchcalc::Gpu::instance().enter(torchcalc::Gpu::key(place & 0xFFFF, kind, type, device), std::move(launch));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 // connect(address of the other library's table)
 PyObject* py_connect(PyObject*, PyObject* address) {
   table = static_cast<const torchcalc::Table*>(PyLong_AsVoidPtr(address));
@@ -495,6 +634,7 @@ PyMethodDef methods[] = {
     {"reduced", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_reduced)), METH_FASTCALL, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},
     {"connect", py_connect, METH_O, nullptr},
+    {"enter_launch", py_enter_launch, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "torchcalc_nodes", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
