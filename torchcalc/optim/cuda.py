@@ -178,7 +178,7 @@ def _uses_first(optimizer: Any) -> bool:
 
 
 def _is_recorded(optimizer: Any) -> bool:
-    """Whether a kernel can count the rule's steps: not NAdam's, which have a product of their own."""
+    """Whether a kernel can count the rule's steps: not those of NAdam and ASGD, which keep other numbers beside."""
     return not (optimizer.counts_steps and _uses_first(optimizer))
 
 
@@ -461,7 +461,7 @@ def _way(optimizer: Any, slots: tuple[str, ...], arguments: dict[str, Any]) -> W
         try:
             plain = {x: 1.0 if isinstance(a, Tensor) else a for x, a in arguments.items()}
             _ways[key] = Way(record(type(optimizer).rule, slots, plain))
-        except (TypeError, AttributeError):
+        except Exception:  # whatever a rule does that cannot be recorded: it runs as it is
             _ways[key] = None
     way = _ways[key]
     if way is None:
