@@ -81,7 +81,7 @@ def elementwise(formula: Formula) -> Callable[..., Tensor | None]:
             return None
         enter(formula, inputs[0], args[n:], _elementwise_kernels)
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            return Launched.apply(*args)  # type: ignore[no-any-return]
+            return Launched.apply(*args)
         return launch_value(formula, inputs, args[n:])
 
     return apply
@@ -131,7 +131,7 @@ def reduced(formula: Formula) -> Callable[..., Tensor | None]:
             return None
         if weight is None:
             enter(formula, inputs[0], args[n:], _loss_kernels)
-        return Launched.apply(scale, weight, *args)  # type: ignore[no-any-return]
+        return Launched.apply(scale, weight, *args)
 
     return apply
 

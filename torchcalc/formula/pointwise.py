@@ -210,7 +210,8 @@ def pointwise(
 
 def _function(formula: Formula, autocast: Autocast, *methods: Callable[..., Any]) -> Callable[..., Tensor]:
     members = {f.__name__: staticmethod(f) for f in methods}
-    return type(formula.name, (Function,), {"autocast": autocast, **members}).apply
+    function: type[Function] = type(formula.name, (Function,), {"autocast": autocast, **members})
+    return function.apply
 
 
 def gradients(

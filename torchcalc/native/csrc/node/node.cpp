@@ -20,7 +20,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
-#include <torch/headeronly/version.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -218,6 +217,28 @@ c10::SmallVector<Tensor, max_inputs + 1> aligned(TensorList inputs, const std::o
 
 Operand operand_like(const Tensor& x, const Tensor& like) { return lies_like(x, like) ? flat(x) : operand(x, 0); }
 
+// Nodes are counted by themselves from torch 2.13 on, and by std::shared_ptr before.
+template <class N>
+inline constexpr bool counts_itself = std::is_base_of_v<c10::intrusive_ptr_target, N>;
+
+template <class N>
+auto make_node() {
+  if constexpr (counts_itself<N>) {
+    return c10::make_intrusive<N>();
+  } else {
+    return std::make_shared<N>();
+  }
+}
+
+template <class N>
+auto self_of(N* node) {
+  if constexpr (counts_itself<N>) {
+    return c10::intrusive_ptr<N>::reclaim_copy(node);
+  } else {
+    return node->shared_from_this();
+  }
+}
+
 // The gradient of a formula's inputs, in torch's graph.
 struct Backward : public Node {
   const Formula* formula = nullptr;
@@ -248,11 +269,7 @@ struct Backward : public Node {
     variable_list grads(static_cast<size_t>(n));
     const Tensor& g = incoming[0];
     if (!g.defined()) return grads;
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-    const auto self = c10::intrusive_ptr<Node>::reclaim_copy(this);
-#else
-    const auto self = getptr();
-#endif
+    const auto self = self_of(static_cast<Node*>(this));
     Tensor arguments[max_inputs + 2];
     bool plain = is_plain(g);
     for (int i = 0; i < n; ++i) {
@@ -393,8 +410,8 @@ bool takes(const Formula& formula, TensorList inputs, at::ScalarType& dtype) {
   return inputs[0].is_cpu() || torchcalc::Gpu::instance().is_ready();
 }
 
-c10::intrusive_ptr<Backward> node_of(const Formula& formula, TensorList inputs, at::ArrayRef<double> numbers) {
-  auto node = c10::make_intrusive<Backward>();
+auto node_of(const Formula& formula, TensorList inputs, at::ArrayRef<double> numbers) {
+  auto node = make_node<Backward>();
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
   node->formula = &formula;
   node->numbers.assign(numbers.begin(), numbers.end());
