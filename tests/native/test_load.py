@@ -200,6 +200,18 @@ class TestAStrangersFile:
         assert path is None
         assert "can be written by others" in why and f"mode {mode:o}" in why and "chmod go-w" in why
 
+    def test_others_can_replace_the_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shared, place = tmp_path / "shared", tmp_path / "shared" / "torchcalc"
+        place.mkdir(parents=True)
+        monkeypatch.setattr(files, "directories", lambda: [place])
+        library = put(b"library", place / name())
+        shared.chmod(0o777)
+        path, why = kernels()
+        assert path is None
+        assert f"{shared} can be written by others" in why
+        shared.chmod(0o1777)  # as /tmp is: nobody can rename what is another's
+        assert load._find_kernels() == (library, "")
+
     @pytest.mark.parametrize("what", ["directory", "library"])
     def test_another_owner(self, what: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         library = put(b"library", place / name())
@@ -265,6 +277,10 @@ def test_a_library_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.Monkey
 
     other.write_bytes(loaded.read_bytes())
     assert load._find_kernels() == (other, "")
+
+    put(loaded.read_bytes(), other).write_bytes(loaded.read_bytes()[:-1])
+    path, why = kernels()
+    assert path is None and "damaged" in why
 
 
 def test_trouble_while_looking_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """CPU kernels behind torchcalc's own functions: optional, and never a different answer.
 
 `available()` says whether the kernel library is loaded (it is loaded on first use), `why_not()` says why it is not and
-what to do about it. Neither raises. `TORCHCALC_NATIVE=0` in the environment switches the kernels off, and
+what to do about it. Neither raises. `TORCHCALC_NATIVE=0` (or false, off, no) in the environment switches the kernels off, and
 `TORCHCALC_NATIVE_ISA=avx2` or `baseline` chooses loops for a lesser processor. `nodes()` and `why_no_nodes()` tell the same of
 autograd's nodes, a second library that is bound to one version of torch. `warn_once()` is for the place where a kernel would
 have been used and is not there.
@@ -29,8 +29,8 @@ and about itself::
     run_serially() -> bool
 
 New kernels: a `csrc/*.cpp` that registers its operators (`norm.cpp` is the shortest example), built by
-`python -m torchcalc build`; a wrapper here; the choice between kernel and reference inside the function that has the
-reference; tests of the kernel against that reference in `tests/native`.
+`python -m torchcalc build` together with the loops that `torchcalc.formula.generate` writes; a wrapper here; the choice between
+kernel and reference inside the function that has the reference; tests of the kernel against that reference in `tests/native`.
 """
 
 from torchcalc.native.load import available, library, nodes, warn_once, why_no_nodes, why_not

@@ -112,7 +112,7 @@ def danger(path: Path) -> str:
     """Why a library in this file or directory could be a stranger's, and what to do about it; empty if it could not.
 
     Loading a library runs its code. In the package it must be as hard to replace as the Python beside it; elsewhere nobody
-    but the user and root may own it, or write to it.
+    but the user and root may own it, write to it, or put another directory in its directory's place.
     """
     if not hasattr(os, "getuid"):
         return ""
@@ -124,9 +124,13 @@ def danger(path: Path) -> str:
             "Remove it, or set XDG_CACHE_HOME to a directory of yours."
         )
     forbidden = stat.S_IWOTH & ~own.st_mode if inside else stat.S_IWOTH | stat.S_IWGRP
-    if status.st_mode & forbidden:
-        mode = f"{status.st_mode & 0o7777:o}"
-        return f"{path} can be written by others than you (mode {mode}). Run `chmod go-w {shlex.quote(str(path))}`."
+    open_to_all = [path] if status.st_mode & forbidden else []
+    if not inside:  # in a sticky directory, as /tmp is, others cannot rename what is ours
+        modes = {parent: parent.stat().st_mode for parent in path.resolve().parents}
+        open_to_all += [p for p, mode in modes.items() if mode & stat.S_IWOTH and not mode & stat.S_ISVTX]
+    for place in open_to_all:
+        mode = f"{place.stat().st_mode & 0o7777:o}"
+        return f"{place} can be written by others than you (mode {mode}). Run `chmod go-w {shlex.quote(str(place))}`."
     return ""
 
 

@@ -129,6 +129,8 @@ def _find_kernels() -> tuple[Path | None, str]:
             return None, f"TORCHCALC_NATIVE_LIBRARY={wanted} is not a file. Unset it, or name a library built here."
         if f"torchcalc-source-hash:{files.source_hash()}".encode() not in named.read_bytes():
             return None, f"TORCHCALC_NATIVE_LIBRARY={wanted} was built from other sources than these. Build it again."
+        if files.hash_file(named).exists() and (damage := files.damage(named)):
+            return None, f"{damage}. Build it again."
         return named, ""
     places, name = files.directories(), files.pattern()
     path, problem = _first_good(places, name)
