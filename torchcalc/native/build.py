@@ -176,13 +176,16 @@ def _compile(kernels: Path | None, nodes: Path | None, generated: dict[str, str]
         sources.sort(key=lambda path: (-(work / path).stat().st_size, path))
         add(kernels, sources, *files.FLAGS, *sanitizers)
     if sys.platform == "darwin":  # torch's libraries have @rpath names, and are loaded before ours
-        link = ["-dynamiclib", "-undefined", "dynamic_lookup"]
+        link, c10 = ["-dynamiclib", "-undefined", "dynamic_lookup"], []
     else:
-        link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-pthread"]
+        link, c10 = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-pthread"], ["-lc10"]
     try:
         failed = _compile_what_changed(compiling, work, _identity(cxx, torch))
         linking = [
-            Job([*cxx, *sorted(names), "-o", str(library), *sanitizers[:1], *link], optional=library == nodes)
+            Job(
+                [*cxx, *sorted(names), "-o", str(library), *sanitizers[:1], *link, *(c10 if library == nodes else [])],
+                optional=library == nodes,
+            )
             for library, names in objects.items()
             if not (library == nodes and failed)
         ]
