@@ -78,7 +78,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile tor
 
 # What the kernels are made from: C++, and the formulas. Where the loops come out as they were, this takes three seconds.
 FORMULAS := $(wildcard $(addprefix torchcalc/,formula/*.py activations/*.py losses/*.py layers/*.py optim/*.py))
-$(VENV)/.built: $(VENV)/.installed torchcalc/native/build.py $(wildcard torchcalc/native/csrc/*.* torchcalc/native/csrc/node/*) $(FORMULAS)
+$(VENV)/.built: $(VENV)/.installed $(wildcard torchcalc/native/*.py torchcalc/native/csrc/*.* torchcalc/native/csrc/node/*) $(FORMULAS)
 	@echo 'Building the kernels that are not up to date'
-	$(BIN)/python -P torchcalc/native/build.py
+	$(BIN)/python -c 'from torchcalc.native.build import build_what_is_missing; build_what_is_missing()'
 	@touch $@

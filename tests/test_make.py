@@ -45,6 +45,17 @@ def test_other_torch_has_its_own_environment_and_pin():
     assert ".venv/" not in planned
 
 
+def test_kernels_are_built_again_where_a_source_or_a_formula_is_newer():
+    rules = make("--print-data-base", "--dry-run", "help")
+    needed = set(re.search(r"^\.venv/\.built: (.+)$", rules, flags=re.MULTILINE)[1].split())
+    families = ("formula", "activations", "losses", "layers", "optim", "native")
+    sources = {path for family in families for path in (ROOT / "torchcalc" / family).rglob("*") if path.is_file()}
+    wanted = {str(path.relative_to(ROOT)) for path in sources if path.suffix in (".py", ".cpp", ".h")}
+    assert wanted <= needed
+    for command in ("pytest", "train", "bench", "sanitize", "gallery"):
+        assert re.search(rf"^{command}: \.venv/\.built$", rules, flags=re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_make_train_ends_with_the_report(tmp_path):
     settings = f"--trainer.max_epochs=1 --trainer.logger.init_args.save_dir={tmp_path}"
