@@ -185,7 +185,15 @@ def _compile(kernels: Path | None, nodes: Path | None, generated: dict[str, str]
         failed = _compile_what_changed(compiling, work, _identity(cxx, torch))
         linking = [
             Job(
-                [*cxx, *sorted(names), "-o", str(library), *sanitizers[:1], *link, *(node_link if library == nodes else [])],
+                [
+                    *cxx,
+                    *sorted(names),
+                    "-o",
+                    str(library),
+                    *sanitizers[:1],
+                    *link,
+                    *(node_link if library == nodes else []),
+                ],
                 optional=library == nodes,
             )
             for library, names in objects.items()
