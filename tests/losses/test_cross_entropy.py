@@ -61,7 +61,7 @@ def test_weights_that_sum_to_zero_are_not_finite_as_in_torch():
         ours, stock = (f(x, y, w, label_smoothing=smoothing) for f in (cross_entropy, F.cross_entropy))
         assert not ours.isfinite()
         assert not stock.isfinite()
-        assert torch.autograd.grad(ours, x)[0].isnan().all()
+        assert torch.autograd.grad(ours, x)[0][:3].isnan().all()
 
 
 def test_unbatched_input_with_a_target_of_one_element():
