@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo
-	@echo '  RECIPE=name ARGS="--key=value ..."  another recipe, other settings (make train)'
+	@echo '  RECIPE=name ARGS="--key=value ..."  another recipe, other settings; ARGS=--help shows them (make train)'
 	@echo '  TORCH=$(OTHER_TORCH)                        another torch, in an environment of its own (make test)'
 	@echo '  PYTHON=/path/to/python              the Python to make .venv with, 3.11 or newer'
 

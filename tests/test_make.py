@@ -29,10 +29,11 @@ def test_make_alone_lists_the_commands():
     [
         ([], "/python -m recipes digits "),
         (["ARGS=--trainer.max_epochs=3 --optimizer.lr=0.1"], "digits --trainer.max_epochs=3 --optimizer.lr=0.1"),
+        (["ARGS=--help"], "/python -m recipes digits --help "),
         (["RECIPE=depth"], "/python -m recipes depth "),
         (["TORCH=9.9.9"], ".venv-9.9.9/bin/python -m recipes digits "),
     ],
-    ids=["default", "settings", "recipe", "torch"],
+    ids=["default", "settings", "help", "recipe", "torch"],
 )
 def test_make_train_runs_the_recipe(arguments, command):
     assert command in make("--dry-run", "train", *arguments).splitlines()[-1] + " "
