@@ -170,7 +170,8 @@ class RecipeCLI(LightningCLI):
             report.append(("run", short(logger.log_dir)))
             report.append(("TensorBoard", f"{short(tensorboard)} --logdir {short(logger.root_dir)}"))
             report.append(("dashboard", "its tab Custom Scalars: http://localhost:6006/#custom_scalars"))
-        print("\n" + "\n".join(f"{what:<16} {value}" for what, value in report))
+        width = max((len(what) for what, _ in report), default=0)
+        print("\n" + "\n".join(f"{what:<{width}} {value}" for what, value in report))
 
 
 def short(path: str | Path) -> str:
