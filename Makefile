@@ -19,7 +19,7 @@ MAKEFLAGS += --no-print-directory
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full lint pytest sanitize bench gallery clean
+.PHONY: help train test test-full lint pytest sanitize bench test-cuda bench-cuda gallery clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -54,6 +54,13 @@ sanitize: $(VENV)/.built ## the kernels' tests under AddressSanitizer and UBSan
 
 bench: $(VENV)/.built ## stock and torchcalc side by side (ARGS=--quick: under a minute)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# On whatever machine has the GPU, with the Python there: nothing is installed.
+test-cuda: ## the tests that a GPU can run, with $(PYTHON)'s own torch, Triton and pytest; under four minutes
+	$(PYTHON) -m tests.cuda $(ARGS)
+
+bench-cuda: ## stock and torchcalc side by side on a GPU, likewise
+	$(PYTHON) -m benchmarks.cuda $(ARGS)
 
 gallery: $(VENV)/.built ## the README's pictures: runs three recipes, photographs TensorBoard with Chromium
 	$(BIN)/python -m recipes.gallery $(ARGS)

@@ -34,6 +34,8 @@ BUDGET = 225.0  # seconds, of which the last rows get what is left
 
 @dataclass
 class Result:
+    """One row."""
+
     name: str
     bar: float
     stock_ms: float
@@ -123,7 +125,7 @@ def adamw(name: str, bar: float, shapes: list[Shape], dtype: torch.dtype, clips:
 
 
 def pointwise(name: str, bar: float, n: int, dtype: torch.dtype) -> Result:
-    stock = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}.get(name) or getattr(torch, name)
+    stock = getattr(F, name) if name in ("relu", "gelu", "silu") else getattr(torch, name)
     x = torch.randn(n, dtype=dtype, device="cuda", requires_grad=True)
     g = torch.randn_like(x)
 
@@ -146,6 +148,8 @@ def loss(name: str, bar: float) -> Result:
 
 
 class Block(nn.Module):
+    """Of GPT-2."""
+
     def __init__(self, width: int, heads: int, gelu: Callable[..., Tensor]) -> None:
         super().__init__()
         self.heads, self.gelu = heads, gelu

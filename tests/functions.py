@@ -3,6 +3,7 @@
 A new function is one row here and a test file with ``@table("name")``.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,12 +37,17 @@ class Row:
     inductor: bool = False  # compile with inductor too, which takes seconds
 
 
+#: Where the inputs are: `make test-cuda` says "cuda".
+DEVICE = os.environ.get("TORCHCALC_TEST_DEVICE", "cpu")
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.8 + 0.1
+    numbers = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.8 + 0.1
+    return numbers.to(DEVICE)
 
 
 def probabilities(*shape: int, seed: int = 0) -> Tensor:
@@ -49,7 +55,7 @@ def probabilities(*shape: int, seed: int = 0) -> Tensor:
 
 
 def classes(*shape: int, high: int, seed: int = 0) -> Tensor:
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def line(repeat: int = 3) -> Tensor:
@@ -57,6 +63,7 @@ def line(repeat: int = 3) -> Tensor:
     return torch.tensor(
         [nan, inf, -inf, 0.0, -0.0, 1.0, -1.0, 1e4, -1e4, 1e300, -1e300, 1e-300, 30.0, -30.0, 0.5] * repeat,
         dtype=torch.float64,
+        device=DEVICE,
     )
 
 

@@ -118,9 +118,9 @@ def stream(device: torch.device) -> int:
     return number
 
 
-def capturing(device: torch.device) -> bool:
+def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
 
 
 class Kernel:
