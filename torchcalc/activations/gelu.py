@@ -64,6 +64,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
     Reference: Hendrycks, Gimpel 2016, arXiv:1606.08415.
 
+    >>> import torch
     >>> x = torch.tensor(0.0, requires_grad=True)
     >>> y = gelu(x)
     >>> y.backward()

@@ -150,6 +150,7 @@ def pointwise(
     *slopes: Callable[..., Any] | None,
     torch_value: Callable[..., Tensor] | None = None,
     autocast: Autocast = "off",
+    holomorphic: bool = True,
 ) -> Callable[..., Tensor]:
     """The differentiable function with this value and these slopes, broadcasting its inputs.
 
@@ -160,6 +161,7 @@ def pointwise(
         torch_value: torch's own operation of the same arguments, where there is one: it computes the value where no
             kernel does, integers and complex numbers too.
         autocast: see :class:`torchcalc.autograd.Function`.
+        holomorphic: whether the slope of a complex input is the complex derivative; else it is the gradient.
 
     Returns:
         A function of the inputs and then the parameters, all positional.
@@ -189,12 +191,13 @@ def pointwise(
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:n]
         known = formula.known(ctx.saved_tensors, ctx.numbers)
-        grads = gradients(formula, grad_output, known, needed, ctx.inputs)
+        grads = gradients(formula, grad_output, known, needed, ctx.inputs, holomorphic)
         return *grads, *(None for _ in ctx.numbers)
 
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         shape, dtype = ctx.output
-        return change(formula, tangents[:n], ctx.saved_tensors, ctx.numbers).expand(shape).to(dtype)
+        dy = change(formula, tangents[:n], ctx.saved_tensors, ctx.numbers, conjugate=not holomorphic)
+        return (dy.real if dy.is_complex() and not dtype.is_complex else dy).expand(shape).to(dtype)
 
     return dispatch.elementwise(formula, _function(formula, autocast, forward, setup_context, backward, jvp))
 
