@@ -31,7 +31,7 @@ from torchcalc.autograd import Autocast, Function
 from torchcalc.formula import dispatch
 from torchcalc.formula.expression import Expression
 from torchcalc.losses.reduction import per_element, reduce, weighted
-from torchcalc.promotion import widen
+from torchcalc.promotion import autocasts, widen
 
 __all__ = ["FORMULAS", "Formula", "loss", "pointwise"]
 
@@ -304,7 +304,8 @@ def loss(
         ctx.dtype = output.dtype
 
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        g = per_element(widen(grad_output), ctx.reduction, ctx.shape.numel())
+        # In the loss's shape, which the slopes need not have where inputs were broadcast.
+        g = per_element(widen(grad_output), ctx.reduction, ctx.shape.numel()).expand(ctx.shape)
         needed = ctx.needs_input_grad[:n]
         known = formula.known(ctx.saved_tensors, ctx.numbers)
         grads = gradients(formula, g, known, needed, ctx.inputs, holomorphic=False)
@@ -322,6 +323,9 @@ def loss(
         numbers = args[n + 3 :]
         if weight is None:
             return function(*inputs, reduction, *numbers)
-        return weighted(function(*inputs, "none", *numbers), weight, reduction, by_weight)
+        result = weighted(function(*map(widen, inputs), "none", *numbers), widen(weight), reduction, by_weight)
+        if autocasts(result):
+            return result
+        return result.to(functools.reduce(torch.promote_types, (x.dtype for x in (*inputs, weight))))  # rounded once
 
     return dispatch.reduced(formula, apply)

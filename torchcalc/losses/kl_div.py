@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from torchcalc.formula import Term, loss, times
 from torchcalc.losses.reduction import resolve
+from torchcalc.promotion import autocasts
 
 __all__ = ["KLDivLoss", "kl_div"]
 
@@ -104,7 +105,7 @@ def kl_div(
         return function(input, target, None, reduction, False)
     batch = input.size(0) if input.dim() else 1
     dtype = torch.promote_types(input.dtype, target.dtype)
-    if dtype not in (torch.float16, torch.bfloat16):
+    if autocasts(input) or dtype not in (torch.float16, torch.bfloat16):
         return function(input, target, None, "sum", False) / batch
     return (function(input.float(), target.float(), None, "sum", False) / batch).to(dtype)  # rounded once
 

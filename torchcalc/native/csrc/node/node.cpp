@@ -222,20 +222,18 @@ struct Backward : public Node {
   Tensor spread(const Kernel& kernel, const Tensor& g, const Tensor& weight, Tensor* used, at::ScalarType dtype) {
     const int count = formula->inputs + 2;
     c10::SmallVector<Tensor, max_inputs + 1> inputs(used + 1, used + count);
-    const Tensor* like = nullptr;
-    bool alike = true;
+    const Tensor* like = weight.defined() ? &weight : nullptr;
     for (const Tensor& x : inputs) {
-      if (!x.defined()) continue;
-      if (!like) like = &x;
+      if (!like && x.defined()) like = &x;
     }
-    alike = like->is_non_overlapping_and_dense();
-    for (const Tensor& x : inputs) alike &= !x.defined() || lies_like(x, *like);
-    alike &= !weight.defined() || lies_like(weight, *like);
+    // Of the loss, which has all inputs; the slope may use fewer.
+    std::vector<int64_t> size(sizes[0].begin(), sizes[0].end());
+    for (const auto& s : sizes) size = at::infer_size(size, at::IntArrayRef(s));
+    if (weight.defined()) size = at::infer_size(size, weight.sizes());
+    bool alike = like && like->sizes() == at::IntArrayRef(size) && like->is_non_overlapping_and_dense();
+    for (const Tensor& x : inputs) alike = alike && (!x.defined() || lies_like(x, *like));
     Tensor w = weight;
     if (!alike) {
-      std::vector<int64_t> size = like->sizes().vec();
-      for (const Tensor& x : inputs) size = x.defined() ? at::infer_size(size, x.sizes()) : size;
-      if (w.defined()) size = at::infer_size(size, w.sizes());
       for (Tensor& x : inputs) x = x.defined() ? x.expand(size).contiguous() : x;
       if (w.defined()) w = w.expand(size).contiguous();
     }
@@ -253,8 +251,8 @@ struct Backward : public Node {
     for (int k = 1; k < count; ++k) {
       if (inputs[k - 1].defined()) in[k] = flat(inputs[k - 1]);
     }
-    const Tensor& first = *std::find_if(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.defined(); });
-    Tensor out = at::detail::empty_strided_cpu(first.sizes(), first.strides(), dtype);
+    Tensor out = alike ? at::detail::empty_strided_cpu(like->sizes(), like->strides(), dtype)
+                       : at::detail::empty_cpu(at::IntArrayRef(size), dtype);
     table->apply(kernel, out.numel(), in, count, factor, flat(out), numbers.data(), false);
     return out;
   }
