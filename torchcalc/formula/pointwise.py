@@ -285,12 +285,13 @@ def loss(
         y = dispatch.total(formula, inputs, None, reduction, False, numbers)
         if y is not None:
             return y
+        enum = _reduction.get_enum(reduction)  # raises if there is no such reduction
         dtypes = {x.dtype for x in inputs}
         if torch_value and len(dtypes) > 1:  # torch's own choice of a dtype
-            return torch_value(*inputs, _reduction.get_enum(reduction), *numbers)
+            return torch_value(*inputs, enum, *numbers)
         wide = [widen(x) for x in inputs]
         if torch_value:
-            y = torch_value(*wide, _reduction.get_enum(reduction), *numbers)
+            y = torch_value(*wide, enum, *numbers)
         else:
             y = reduce(formula.on_tensors(*wide, *numbers), reduction)
         dtype = functools.reduce(torch.promote_types, dtypes)

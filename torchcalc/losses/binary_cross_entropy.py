@@ -135,11 +135,27 @@ def binary_cross_entropy_with_logits(
     reduction = resolve(reduction, size_average, reduce)
     if target.size() != input.size():
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
-    if weight is not None:
-        weight.expand(input.shape)  # raises where it does not fit
+    if not target.is_floating_point():
+        raise RuntimeError(
+            f"result type {_name(input)} can't be cast to the desired output type {_name(target)}; use target.float()"
+        )
+    if weight is not None and weight.shape != input.shape and not _expands(weight, input):
+        input.detach().clone().mul_(weight)  # raises what torch raises
     if pos_weight is None:
         return _bce(input, target, weight, reduction, False)
+    if not _expands(pos_weight, input):
+        pos_weight * input  # raises what torch raises, unless pos_weight is larger
     return _weighted_bce(input, target, pos_weight.expand(input.shape), weight, reduction, False)
+
+
+def _name(x: Tensor) -> str:
+    """The dtype's name in torch's messages: Float, Long."""
+    return x.type().split(".")[-1].removesuffix("Tensor")
+
+
+def _expands(x: Tensor, to: Tensor) -> bool:
+    """Whether x broadcasts to the shape of the other."""
+    return x.dim() <= to.dim() and all(a in (1, b) for a, b in zip(reversed(x.shape), reversed(to.shape), strict=False))
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):

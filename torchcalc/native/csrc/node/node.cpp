@@ -218,6 +218,13 @@ struct Backward : public Node {
     return grads;
   }
 
+  // That of all inputs together; a slope may use fewer.
+  std::vector<int64_t> size_of_loss(const Tensor& weight) const {
+    std::vector<int64_t> size(sizes[0].begin(), sizes[0].end());
+    for (const auto& s : sizes) size = at::infer_size(size, at::IntArrayRef(s));
+    return weight.defined() ? at::infer_size(size, weight.sizes()) : size;
+  }
+
   // g·weight/divisor·slope, where g is one number.
   Tensor spread(const Kernel& kernel, const Tensor& g, const Tensor& weight, Tensor* used, at::ScalarType dtype) {
     const int count = formula->inputs + 2;
@@ -226,10 +233,7 @@ struct Backward : public Node {
     for (const Tensor& x : inputs) {
       if (!like && x.defined()) like = &x;
     }
-    // Of the loss, which has all inputs; the slope may use fewer.
-    std::vector<int64_t> size(sizes[0].begin(), sizes[0].end());
-    for (const auto& s : sizes) size = at::infer_size(size, at::IntArrayRef(s));
-    if (weight.defined()) size = at::infer_size(size, weight.sizes());
+    const std::vector<int64_t> size = size_of_loss(weight);
     bool alike = like && like->sizes() == at::IntArrayRef(size) && like->is_non_overlapping_and_dense();
     for (const Tensor& x : inputs) alike = alike && (!x.defined() || lies_like(x, *like));
     Tensor w = weight;
@@ -265,6 +269,7 @@ struct Backward : public Node {
       g = g.to(at::promote_types(g.scalar_type(), at::kFloat));
       if (divisor != 1) g = g.div(divisor);
       if (has_weight) g = g.mul(weight);
+      g = g.expand(size_of_loss(weight));
     }
     c10::List<std::optional<Tensor>> known;
     for (int k = 1; k < n + 2; ++k) {
@@ -370,7 +375,9 @@ std::optional<Tensor> reduced(
     const int64_t n = all[0].numel();
     double total = table->total(formula.value, n, in, formula.inputs, weight ? &w : nullptr, numbers.data());
     if (reduction == mean) {
-      divisor = weight && by_weight ? table->sum(n, w) : static_cast<double>(n);
+      // The weights as they were given, each once.
+      const Tensor once = weight ? weight->contiguous() : Tensor();
+      divisor = weight && by_weight ? table->sum(once.numel(), flat(once)) : static_cast<double>(n);
       total = total / divisor;
     }
     out = at::detail::empty_cpu({}, dtype);
