@@ -14,7 +14,7 @@ import torchcalc.functional as ours
 from tests import checks
 from tests.functions import ROWS, Row
 from tests.optim.cases import CASES, Case, build
-from torchcalc.testing import check_function, check_optimizer
+from torchcalc.testing import check_function
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
