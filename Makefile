@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo
-	@echo '  RECIPE=name ARGS="--key=value ..."  another recipe, other settings (make train)'
+	@echo '  RECIPE=name ARGS="--key=value ..."  another recipe, other settings; ARGS=--help shows them (make train)'
 	@echo '  TORCH=$(OTHER_TORCH)                        another torch, in an environment of its own (make test)'
 	@echo '  PYTHON=/path/to/python              the Python to make .venv with, 3.11 or newer'
 
@@ -85,7 +85,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile tor
 
 # What the kernels are made from: C++, and the formulas. Where the loops come out as they were, this takes three seconds.
 FORMULAS := $(wildcard $(addprefix torchcalc/,formula/*.py activations/*.py losses/*.py layers/*.py optim/*.py))
-$(VENV)/.built: $(VENV)/.installed torchcalc/native/build.py $(wildcard torchcalc/native/csrc/*.* torchcalc/native/csrc/node/*) $(FORMULAS)
+$(VENV)/.built: $(VENV)/.installed $(wildcard torchcalc/native/*.py torchcalc/native/csrc/*.* torchcalc/native/csrc/node/*) $(FORMULAS)
 	@echo 'Building the kernels that are not up to date'
-	$(BIN)/python -P torchcalc/native/build.py
+	$(BIN)/python -c 'from torchcalc.native.build import build_what_is_missing; build_what_is_missing()'
 	@touch $@

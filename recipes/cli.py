@@ -1,11 +1,12 @@
 """What the recipes share: a LightningCLI with a config of its own, one-line errors and a report at the end."""
 
+import inspect
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
-from zipfile import is_zipfile
 
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,21 +23,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
-from recipes.errors import blame, debugging, did_you_mean, fail, one_line
+from recipes import checkpoints
+from recipes.errors import binary, blame, debugging, did_you_mean, explain, fail
+from recipes.parser import COMMANDS, Parser
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
-COMMANDS = LightningCLI.subcommands()
-
-
-class Parser(LightningArgumentParser):
-    """LightningArgumentParser whose errors take one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error or debugging():
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        fail(one_line(message, (action.dest for action in parser._actions)))
 
 
 class MonitorCheck(Callback):
@@ -55,12 +47,36 @@ class MonitorCheck(Callback):
                 fail(f"{type(watcher).__name__}: monitor: nothing logs {monitor!r}{did_you_mean(monitor, logged)}")
 
 
-class SaveFitConfig(SaveConfigCallback):
-    """Save the config of the training; that of a later test of its checkpoint would overwrite it."""
+class Divergence(Callback):
+    """End a training whose validation loss is nan: its weights are, and no step leads back.
+
+    A training loss may be nan for other reasons, such as a step that ``skip_nonfinite`` left out.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = trainer.callback_metrics.get("loss/val")
+        if loss is not None and loss.isnan() and not trainer.sanity_checking:
+            trainer.should_stop = True
+
+
+class Record(SaveConfigCallback):
+    """Keep with a run what made it: ``config.yaml`` in its folder, the recipe's name in every checkpoint.
+
+    The config is saved when training begins. One that could not begin, or a test of a checkpoint, leaves it as it is.
+    """
+
+    def __init__(self, *args: Any, recipe: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.recipe = recipe
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recipe"] = self.recipe
 
 
 class RecipeCLI(LightningCLI):
@@ -77,34 +93,56 @@ class RecipeCLI(LightningCLI):
         self, name: str, model: type[LightningModule], data: type[LightningDataModule] | None, args: list[str]
     ):
         self.name = name
+        self.checkpoint: tuple[Path, dict[str, Any]] | None = None  # what --ckpt_path names, and its content
         tidy_output()
         try:
             self.start(name, model, data, args)
-        except MisconfigurationException as error:  # of the trainer or a callback, before training
-            if debugging():
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has caught it
+                self.interrupted()
+            raise
+        except Exception as error:
+            said = explain(error)
+            if said is None or debugging():
                 raise
-            fail(f"{' '.join(str(error).split())} (JSONARGPARSE_DEBUG=true shows the traceback)")
+            fail(f"{said} (JSONARGPARSE_DEBUG=true shows the traceback)")
 
     def start(
         self, name: str, model: type[LightningModule], data: type[LightningDataModule] | None, args: list[str]
     ) -> None:
+        own = {
+            "default_config_files": [str(CONFIGS / f"{name}.yaml")],
+            "usage": f"python -m recipes {name} [{' | '.join(COMMANDS)}] [--setting=value ...]",
+            "description": inspect.getdoc(inspect.getmodule(model)),
+        }
         super().__init__(
             model,
             data,
             args=args,
             parser_class=Parser,
             auto_configure_optimizers=model.configure_optimizers is LightningModule.configure_optimizers,
-            parser_kwargs={command: {"default_config_files": [str(CONFIGS / f"{name}.yaml")]} for command in COMMANDS},
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},  # a resumed run goes on in its own folder
+            parser_kwargs={command: dict(own) for command in COMMANDS},
+            save_config_callback=Record,
+            save_config_kwargs={"recipe": name, "overwrite": True},  # a resumed run goes on in its own folder
             trainer_defaults={
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": "runs", "name": name, "default_hp_metric": False},
                 },
-                "callbacks": [MonitorCheck()],
+                "callbacks": [MonitorCheck(), Divergence()],
             },
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without ``predict``: no recipe has what it needs."""
+        return {command: needs for command, needs in LightningCLI.subcommands().items() if command in COMMANDS}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        (path,) = (action for action in parser._actions if action.dest == "ckpt_path")
+        path.help = "The checkpoint to go on from, or to measure; best and last mean those of the newest run."
+        return parser
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return super().init_parser(**kwargs, prog=f"python -m recipes {self.name}", allow_abbrev=False)
@@ -115,21 +153,36 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; a ``--ckpt_path`` in a run's folder brings that run's config along, and goes on writing there."""
         assert isinstance(args, list)
-        command, *settings = args if args and args[0] in [*COMMANDS, "-h", "--help"] else ["fit", *args]
-        self.config = parser.parse_args([command, *settings])
-        if not (path := self.config[command].get("ckpt_path")) or path in ("best", "last"):
+        command, *settings = args if args and args[0] in COMMANDS else ["fit", *args]
+        if {"-h", "--help"} & set(settings):
+            self._subcommand_parsers[command].print_help()
+            raise SystemExit(0)
+        try:
+            self.config = parser.parse_args([command, *settings])
+        except UnicodeDecodeError:
+            fail(f"{binary(settings)} is no text; settings in a file are YAML")
+        if not (given := self.config[command].get("ckpt_path")):
             return
-        if not Path(path).is_file():
-            fail(f"ckpt_path: there is no file {str(path)!r}")
-        if not is_zipfile(path):
-            fail(f"ckpt_path: {str(path)!r} is no checkpoint, or was cut short")
+        path = checkpoints.find(str(given), self.runs(command))
+        weights_only = self.config[command].get("weights_only") is not False
+        self.checkpoint = path, checkpoints.read(path, self.name, weights_only)
         run = Path(short(path)).parent.parent
-        if not (run / "config.yaml").is_file():
-            return
-        self.config = parser.parse_args([command, f"--config={run / 'config.yaml'}", *settings])
-        if logger := getattr(self.config[command].trainer.logger, "init_args", None):
-            logger.save_dir, logger.name, logger.version = str(run.parent.parent), run.parent.name, run.name
-            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # as it should
+        if (run / "config.yaml").is_file():
+            self.config = parser.parse_args([command, f"--config={run / 'config.yaml'}", *settings])
+            if logger := getattr(self.config[command].trainer.logger, "init_args", None):
+                version = re.fullmatch(r"version_(0|[1-9]\d*)", run.name)
+                logger.save_dir, logger.name = str(run.parent.parent), run.parent.name
+                logger.version = int(version[1]) if version else run.name  # of a word the bar shows the last letters
+                warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # as it should
+        self.config[command].ckpt_path = str(path)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would look for settings in the checkpoint, and they come from its run's config."""
+
+    def runs(self, command: str) -> Path:
+        """Where the recipe's runs lie."""
+        where = getattr(self.config[command].trainer.logger, "init_args", None)
+        return Path(getattr(where, "save_dir", "runs"), str(getattr(where, "name", self.name)))
 
     def instantiate_classes(self) -> None:
         """Build data, model, optimizer and trainer; what refuses its arguments is named in one line."""
@@ -139,6 +192,11 @@ class RecipeCLI(LightningCLI):
             if debugging():
                 raise
             fail(f"{blame(error)} (JSONARGPARSE_DEBUG=true shows the traceback)")
+        if self.checkpoint:
+            path, content = self.checkpoint
+            if self.model.strict_loading:
+                checkpoints.compare(path, content, self.model)
+            self.checkpoint = path, {"global_step": content.get("global_step")}  # the trainer reads the rest anew
 
     @staticmethod
     def configure_optimizers(
@@ -155,7 +213,14 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint; say how well it did, where everything lies and how to look at it."""
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        ended = self.trainer.callback_metrics  # of the last epoch; the test begins anew
+        losses = {tag: ended[tag] for tag in ("loss/train", "loss/val") if tag in ended}
+        diverged = [f"{tag} is {float(loss)}" for tag, loss in losses.items() if not loss.isfinite()]
+        steps = self.trainer.global_step
+        keeper = self.trainer.checkpoint_callback
+        best, score = getattr(keeper, "best_model_path", ""), getattr(keeper, "best_model_score", None)
+        if diverged if score is None else not score.isfinite():  # without a monitor the newest counts as the best
+            best = ""
         report = []
         if is_overridden("test_step", self.model):
             self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, verbose=False)
@@ -165,12 +230,53 @@ class RecipeCLI(LightningCLI):
             print(f"\n{self.model.report()}")
         if best:
             report.append(("best checkpoint", short(best)))
+        say([*report, *self.places()])
+        if self.checkpoint and self.checkpoint[1]["global_step"] == steps:
+            sys.stderr.write(
+                f"warning: no step was made: the checkpoint has all {steps}; --trainer.max_epochs allows more\n"
+            )
+        if diverged:
+            remedy = "the training diverged; try a smaller learning rate"
+            sys.stderr.write(f"error: after {steps} steps {' and '.join(diverged)}: {remedy}\n")
+            raise SystemExit(1)
+
+    def after_test(self) -> None:
+        """Say so where there was no checkpoint to measure."""
+        if self.checkpoint is None:
+            last = checkpoints.newest(self.runs(str(self.subcommand)), "best")
+            there = f"; --ckpt_path=best would be {short(last)}" if last else ""
+            sys.stderr.write(f"warning: no --ckpt_path: these are the figures of a net that was not trained{there}\n")
+
+    after_validate = after_test
+
+    def interrupted(self) -> NoReturn:
+        """Say where the run lies and how it goes on."""
+        epoch = self.trainer.current_epoch
+        saved = []
         if isinstance(logger := self.trainer.logger, TensorBoardLogger):
-            tensorboard = Path(sys.executable).with_name("tensorboard")
-            report.append(("run", short(logger.log_dir)))
-            report.append(("TensorBoard", f"{short(tensorboard)} --logdir {short(logger.root_dir)}"))
-            report.append(("dashboard", "its tab Custom Scalars: http://localhost:6006/#custom_scalars"))
-        print("\n" + "\n".join(f"{what:<16} {value}" for what, value in report))
+            saved = sorted(Path(logger.log_dir).glob("checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime)
+        command = f"{short(sys.executable)} -m recipes {self.name} --ckpt_path={short(saved[-1])}" if saved else ""
+        say(
+            [("interrupted", f"in epoch {epoch}"), *self.places(), ("resume", command or "no checkpoint was saved yet")]
+        )
+        raise SystemExit(130)  # as a shell reports SIGINT
+
+    def places(self) -> list[tuple[str, str]]:
+        """Where the run lies, and how to look at it."""
+        if not isinstance(logger := self.trainer.logger, TensorBoardLogger):
+            return []
+        tensorboard = Path(sys.executable).with_name("tensorboard")
+        return [
+            ("run", short(logger.log_dir)),
+            ("TensorBoard", f"{short(tensorboard)} --logdir {short(logger.root_dir)}"),
+            ("dashboard", "its tab Custom Scalars: http://localhost:6006/#custom_scalars"),
+        ]
+
+
+def say(rows: list[tuple[str, str]]) -> None:
+    """Print a table of two columns below an empty line."""
+    width = max((len(what) for what, _ in rows), default=0)
+    print("\n" + "\n".join(f"{what:<{width}} {value}" for what, value in rows))
 
 
 def short(path: str | Path) -> str:

@@ -4,11 +4,14 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
-from difflib import get_close_matches
+from collections.abc import Collection, Iterable
+from difflib import SequenceMatcher
 from importlib import import_module
+from pathlib import Path
 from traceback import walk_tb
 from typing import NoReturn
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 # Lines that repeat the type annotation or what stands elsewhere in the report.
 _NOISE = re.compile(
@@ -24,10 +27,45 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """What was probably meant: its end, its abbreviation, a part of it, or at least six tenths of the letters are the same.
+
+    >>> closest("learning_rate", ["weight_decay", "lr"])
+    'lr'
+    >>> closest("--epochs", ["trainer.max_steps", "trainer.max_epochs"])
+    'trainer.max_epochs'
+    """
+
+    def likeness(each: str) -> tuple[float, float]:
+        tail, other = word.rpartition(".")[2], each.rpartition(".")[2]
+        whole = SequenceMatcher(None, word, each).ratio()
+        if tail == other:
+            return 3.0, whole
+        if tail and (tail == initials(other) or other == initials(tail)):
+            return 2.0, whole
+        if tail in other.split("_"):
+            return 1.0, whole
+        return max(whole, SequenceMatcher(None, tail, other).ratio()), whole
+
+    word = word.lstrip("-")
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= 0.6 else None
+
+
+def initials(word: str) -> str:
+    """The abbreviation of a word of several parts; of one part it has none.
+
+    >>> initials("learning_rate"), initials("rate")
+    ('lr', '')
+    """
+    parts = [part for part in word.split("_") if part]
+    return "".join(part[0] for part in parts) if len(parts) > 1 else ""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a remedy to append to a message about an unknown ``word``, or nothing."""
-    close = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    meant = closest(word, known)
+    return f"; did you mean {meant!r}?" if meant else ""
 
 
 def unknown(option: str, known: Iterable[str]) -> str:
@@ -35,12 +73,36 @@ def unknown(option: str, known: Iterable[str]) -> str:
     return f"there is no option {option!r}{did_you_mean(option, known)}"
 
 
-def one_line(report: str, keys: Iterable[str] = ()) -> str:
+def unrecognized(argument: str, keys: Iterable[str], commands: Collection[str] = ()) -> str:
+    """Return the message about an argument that is neither a command nor a setting.
+
+    Args:
+        argument: as it was typed.
+        keys: the settings.
+        commands: words that may come first.
+    """
+    word, keys = argument.partition("=")[0], list(keys)
+    if argument.startswith("-"):
+        return unknown(word.lstrip("-"), keys)
+    if word in commands:
+        return f"{word!r} is a command, and comes before the settings"
+    if word in keys:
+        return f"a setting begins with two dashes: --{argument}"
+    if "." not in word and "=" not in argument:
+        meant = closest(word, commands)
+        remedy = f"did you mean {meant!r}? " if meant else ""
+        return f"there is no command {word!r}; {remedy}commands are: {', '.join(commands)}"
+    meant = closest(word, keys)
+    return f"there is no option {word!r}" + (f"; did you mean '--{meant}'?" if meant else "")
+
+
+def one_line(report: str, keys: Iterable[str] = (), commands: Collection[str] = ()) -> str:
     """Condense a report of jsonargparse: where (keys and classes from the outside in), what is wrong, the value.
 
     Args:
         report: the message that jsonargparse would print.
         keys: the parser's keys, to suggest one for a misspelling.
+        commands: words that may come before the settings.
     """
     where: list[str] = []  # keys and class paths
     what: list[str] = []  # sentences that need no rewording
@@ -59,9 +121,11 @@ def one_line(report: str, keys: Iterable[str] = ()) -> str:
             if m[1] == "class_path":
                 what[-1] = "beside class_path only init_args is allowed, which holds the arguments"
             break  # the rest repeats it for the other members of a Union
-        elif m := re.fullmatch(
-            r"(?:unrecognized arguments: -*|Subcommand '\w+' does not accept option ')([^\s=']+).*", line
-        ):
+        elif m := re.fullmatch(r"unrecognized arguments: (\S+).*", line):
+            what.append(unrecognized(m[1], keys, commands))
+        elif m := re.fullmatch(r"argument --(\S+): expected one argument", line):
+            what.append(f"{m[1]}: its value is missing, as in --setting=value")
+        elif m := re.fullmatch(r"Subcommand '\w+' does not accept option '([^']+)'.*", line):
             what.append(unknown(m[1], keys))
         elif m := re.fullmatch(r"Expected a (?:<class '(.+?)'>|typing\.Literal\[(.+)\])(?:\. Got value: (.*))?", line):
             expected.append(m[1] or m[2])
@@ -96,6 +160,33 @@ def blame(error: Exception) -> str:
         if frame.f_code.co_name == "__init__" and not cls.__name__.startswith("_"):
             return f"{cls.__module__}.{cls.__qualname__}: {said}"
     return said
+
+
+def explain(error: Exception) -> str | None:
+    """What went wrong, in one line, where the cause lies in the settings, the disk or the checkpoint; else None."""
+    said = " ".join(str(error).split())
+    if isinstance(error, MisconfigurationException):  # of the trainer or a callback, before training
+        return said
+    if isinstance(error, OSError) and error.errno is not None:
+        path = error.filename2 or error.filename
+        where = f": {str(path)!r}" if path else ""
+        return f"{error.strerror}{where}; if it is of the runs' folder, --trainer.logger.save_dir=DIR names another"
+    frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    if any("checkpoint_connector" in code.co_filename and "restore" in code.co_name for code in frames):
+        return f"ckpt_path: {type(error).__name__}: {said}"
+    return None
+
+
+def binary(arguments: Iterable[str]) -> str:
+    """Name the argument whose file is no text."""
+    for argument in arguments:
+        try:
+            Path(argument.rpartition("=")[2]).read_text()
+        except OSError:
+            continue  # no file
+        except UnicodeDecodeError:
+            return argument.lstrip("-")
+    return "a file"
 
 
 def debugging() -> bool:

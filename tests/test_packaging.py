@@ -13,6 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 import torchcalc
+from torchcalc.__main__ import main as command
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -59,6 +60,39 @@ def test_namespaces():
     assert set(torchcalc.__all__) >= {"__version__", "autograd", "functional", "nn", "optim"}
     for name in torchcalc.__all__:
         assert hasattr(torchcalc, name)
+
+
+def test_namespaces_that_a_training_script_seldom_needs_come_when_asked_for():
+    """Of them, Lightning comes with the instruments alone."""
+    new = python("""
+import sys, torchcalc
+assert {"testing", "instruments"} <= set(dir(torchcalc))
+assert not {"torchcalc.testing", "torchcalc.instruments"} & set(sys.modules)
+assert torchcalc.testing.check_function.__module__ == "torchcalc.testing.functions"
+assert "lightning" not in sys.modules
+assert torchcalc.instruments.Instruments.__module__ == "torchcalc.instruments.instruments"
+from torchcalc import *
+assert testing is torchcalc.testing
+""")
+    assert new == ""
+    with pytest.raises(AttributeError, match="module 'torchcalc' has no attribute 'tesing'"):
+        torchcalc.tesing  # noqa: B018
+
+
+def test_version_from_the_command_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        command(["--version"])
+    assert not end.value.code
+    assert capsys.readouterr().out == f"torchcalc {torchcalc.__version__}\n"
+
+
+def test_build_says_which_output_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        command(["build", "--output", str(tmp_path / "file" / "below")])
+    assert end.value.code == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.endswith("file/below: Not a directory; give a directory that can be written to")
 
 
 def test_package_is_typed():

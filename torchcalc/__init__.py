@@ -9,8 +9,29 @@ Every derivative is derived by hand in the file that computes it, and proven by 
 tensor(6.)
 """
 
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from torchcalc import autograd, calculus, convergence, functional, nn, optim
+
+if TYPE_CHECKING:
+    from torchcalc import instruments as instruments
+    from torchcalc import testing
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "autograd", "calculus", "convergence", "functional", "nn", "optim"]
+# `instruments` needs Lightning: were it here, `from torchcalc import *` would need it too.
+__all__ = ["__version__", "autograd", "calculus", "convergence", "functional", "nn", "optim", "testing"]
+
+_LAZY = ("instruments", "testing")  # imported when first asked for: a training script seldom needs them
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LAZY:
+        return import_module(f"torchcalc.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,4 +1,4 @@
-"""What runs here, and building the kernels:  python -m torchcalc [build [--output DIR] [--sanitize]]"""
+"""What runs here, and building the kernels:  python -m torchcalc [--version] [build [--output DIR] [--sanitize]]"""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m torchcalc", description="Say what runs here, or build the kernels."
     )
+    parser.add_argument("--version", action="version", version=f"torchcalc {torchcalc.__version__}")
     commands = parser.add_subparsers(dest="command")
     builder = commands.add_parser("build", help="compile the CPU kernels with the C++ compiler of this machine")
     builder.add_argument(
@@ -58,6 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.sanitize and options.output is None:
         builder.error("--sanitize needs --output: a sanitized library must not take the ordinary one's place")
+    if options.output is not None:
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            builder.error(f"--output {options.output}: {error.strerror}; give a directory that can be written to")
+        if not os.access(options.output, os.W_OK):
+            builder.error(f"--output {options.output}: is not writable; give a directory that can be written to")
     start = time.perf_counter()
     try:
         library = build.build(options.output, sanitize=options.sanitize)

@@ -194,6 +194,85 @@ def test_right_functions_are_not_suspected(activation: type[nn.Module]) -> None:
         assert curvature(f, f.parameters, max_products=1).method == "exact"
 
 
+def weight_normed(
+    dtype: torch.dtype,
+) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(normed(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)).to(dtype)
+    f = training_loss(model, nn.functional.mse_loss, (torch.randn(8, 3).to(dtype), torch.randn(8, 1).to(dtype)))
+    at = f.parameters
+    return f, at, {name: torch.randn_like(w) for name, w in at.items()}
+
+
+def differenced(
+    f: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], v: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Hv by a difference of gradients in float64."""
+
+    def slope(h: float) -> list[Tensor]:
+        xs = [(w + h * v[name]).requires_grad_() for name, w in at.items()]
+        return list(torch.autograd.grad(f(dict(zip(at, xs, strict=True))), xs))
+
+    return {k: (a - b) / 2e-5 for k, a, b in zip(at, slope(1e-5), slope(-1e-5), strict=True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_torch_is_wrong_differences_are_taken(dtype: torch.dtype) -> None:
+    """torch 2.13's second derivative of weight_norm is not that of its gradient: gradgradcheck fails."""
+    f, at, v = weight_normed(torch.float64)
+    truth = differenced(f, at, v)
+    along = float(flat(truth) @ flat(v) / (flat(v) @ flat(v)))
+    columns = [differenced(f, at, unit) for unit in units(at)]
+    largest = torch.linalg.eigvalsh(torch.stack([flat(column) for column in columns]))[-1].item()
+    accuracy = 1e-6 if dtype == torch.float64 else 3e-3
+    f, at, _ = weight_normed(dtype)
+    v = {name: w.to(dtype) for name, w in v.items()}
+    message = "taken by differences of gradients: torch's own second derivative is wrong"
+    with pytest.warns(UserWarning, match=message):
+        assert curvature_along(f, at, v) == pytest.approx(along, rel=accuracy)
+    with pytest.warns(UserWarning, match=message):
+        found = curvature(f, at, tolerance=1e-3)
+    assert found.method == "differences" and found.value == pytest.approx(largest, rel=accuracy)
+
+
+def units(at: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    size = sum(w.numel() for w in at.values())
+    pieces = [row.split([w.numel() for w in at.values()]) for row in torch.eye(size, dtype=torch.float64)]
+    return [{k: p.view_as(w) for (k, w), p in zip(at.items(), each, strict=True)} for each in pieces]
+
+
+def test_kinks_are_no_mistake_of_torch() -> None:
+    """Beside them differences are an average, which no second derivative equals: there symmetry decides."""
+    torch.manual_seed(0)
+    pool = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten())
+    models = {
+        "convolution": (nn.Sequential(pool, nn.Linear(72, 10)), (2000, 1, 12, 12)),
+        "mlp": (nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10)), (5000, 32)),
+        "abs": (nn.Sequential(nn.Linear(8, 8), nn.Hardtanh(), nn.Softshrink(), nn.Linear(8, 10)), (300, 8)),
+    }
+    for model, shape in models.values():
+        f = training_loss(model, nn.functional.cross_entropy, (torch.randn(shape), torch.randint(10, shape[:1])))
+        found = curvature(f, f.parameters, max_products=2)
+        assert found.method == "exact" and found.reason == ""
+
+
+@pytest.mark.parametrize("only_half", [False, True])
+def test_an_overflow_in_float16_on_the_way(only_half: bool) -> None:
+    x = torch.tensor([0.03, 1.0, 1.0]).half()
+
+    def f(x: Tensor) -> Tensor:
+        if only_half and x.dtype != torch.float16:
+            raise RuntimeError("expected scalar type Half")
+        return 4000 * x.prod()
+
+    truth = torch.linalg.eigvalsh(torch.autograd.functional.hessian(lambda x: 4000 * x.prod(), x.double()))[-1].item()
+    found = curvature(f, x)
+    assert found.value == pytest.approx(truth, rel=0.02 if only_half else 1e-3)
+    assert found.vector.dtype == torch.float16
+    assert bool(found.reason) == only_half  # in float32 it was checked
+
+
 def test_sparse_gradients() -> None:
     dense, y = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10)), torch.arange(10)
     sparse = nn.Sequential(nn.Embedding(10, 4, sparse=True), dense[1])

@@ -9,7 +9,17 @@ from torch.func import functional_call
 
 import torchcalc
 from tests.calculus.operations import MARKED, SILENT, DetachedSquare, OnceSquare, RaisingSquare, Square
-from torchcalc.calculus import derivative, directional_derivative, gradient, hessian, hvp, jacobian, partial
+from tests.calculus.test_curvature import differenced, weight_normed
+from torchcalc.calculus import (
+    derivative,
+    directional_derivative,
+    gradient,
+    hessian,
+    hvp,
+    jacobian,
+    partial,
+    training_loss,
+)
 
 FUNCTIONS = {
     "square": (lambda x: x**2, lambda x: 2 * x, lambda x: torch.full_like(x, 2)),
@@ -226,6 +236,147 @@ def test_forward_mode_that_loses_a_tangent_is_not_believed() -> None:
     x = torch.tensor([1.0, 2.0])
     # torch 2.13's forward mode takes a custom_op for a constant: jvp gives x
     torch.testing.assert_close(directional_derivative(lambda x: triple(x) + x, x)(x), 4 * x)
+
+
+@pytest.mark.parametrize("name", ["det", "logdet", "slogdet", "solve", "inv"])
+@pytest.mark.parametrize("at", ["identity", "random"])
+def test_linear_algebra_in_any_nesting(name: str, at: str) -> None:
+    """In torch 2.13 forward mode twice, or reverse over forward mode, is wrong for det, torch.func's Hessian at 1 nan."""
+    torch.manual_seed(0)
+    V, b = torch.randn(2, 3, 3, dtype=torch.float64).unbind()
+    f = {
+        "det": torch.linalg.det,
+        "logdet": lambda X: torch.logdet(X @ X.T + 2 * torch.eye(3, dtype=X.dtype)),
+        "slogdet": lambda X: torch.linalg.slogdet(X)[1],
+        "solve": lambda X: torch.linalg.solve(X, b).square().sum(),
+        "inv": lambda X: torch.linalg.inv(X).sum(),
+    }[name]
+    X = torch.eye(3, dtype=torch.float64) if at == "identity" else torch.randn(3, 3, dtype=torch.float64)
+    h = 1e-3
+    stencil = -(f(X + 2 * h * V) + f(X - 2 * h * V)) + 16 * (f(X + h * V) + f(X - h * V)) - 30 * f(X)
+    truth = stencil / (12 * h**2)  # up to h⁴
+    along = directional_derivative(f, V)
+    pair = directional_derivative(lambda X: torch.stack([f(X), -f(X)]), V)
+    found = {
+        "twice": directional_derivative(along, V)(X),
+        "hidden": directional_derivative(lambda X: along(X), V)(X),
+        "of two values": directional_derivative(pair, V)(X)[0],
+        "in a gradient": (gradient(lambda X: along(X))(X) * V).sum(),
+        "in a jacobian": (jacobian(pair)(X)[0] * V).sum(),
+        "hvp": (hvp(f, V)(X) * V).sum(),
+        "hessian": torch.einsum("ij,ijkl,kl", V, hessian(f)(X), V),
+        "derivative": derivative(derivative(lambda t: f(X + t * V)))(torch.zeros(1).double())[0],
+    }
+    for way, value in found.items():
+        torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-7, msg=lambda text, way=way: f"{way}: {text}")
+
+
+OUTSIDE = {
+    "item": lambda x: torch.tensor([t.item() ** 2 for t in x.reshape(-1)], dtype=x.dtype).sum(),
+    "detach": lambda x: (x.detach() ** 2).sum(),
+    "data": lambda x: (x.data**2).sum(),
+    "NumPy": lambda x: torch.from_numpy(x.detach().reshape(-1).numpy() ** 2).sum(),
+    "no_grad": torch.no_grad()(lambda x: (x**2).sum()),
+}
+SECOND = {
+    "hessian": hessian,
+    "hvp": lambda f: hvp(f, 1.0),
+    "gradient of gradient": lambda f: gradient(gradient(f)),
+}
+FIRST = {
+    "derivative": derivative,
+    "gradient": gradient,
+    "jacobian": jacobian,
+    "directional_derivative": lambda f: directional_derivative(f, 1.0),
+    "partial": lambda f: partial(f, 0),
+}
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("name", [*FIRST, *SECOND])
+def test_a_value_taken_out_of_the_graph(name: str, outside: str) -> None:
+    for x in (torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match="its value changes with x, but no differentiable operations lead"):
+            (FIRST | SECOND)[name](OUTSIDE[outside])(x)
+    with pytest.raises(RuntimeError, match="its value changes with x"):
+        derivative(OUTSIDE[outside])(torch.tensor([2.0, 3.0]))
+
+
+@pytest.mark.parametrize("name", [*FIRST, *SECOND])
+def test_constants_are_constant(name: str) -> None:
+    """Also those of a step function, and of random numbers."""
+    x = torch.tensor(2.0)
+    for f in (lambda x: torch.tensor(3.0), lambda x: (x > 1).float(), lambda x: torch.rand(()) * 0 + torch.rand(())):
+        state = torch.get_rng_state()
+        assert (FIRST | SECOND)[name](f)(x) == 0
+        torch.set_rng_state(state)
+
+
+@pytest.mark.filterwarnings("ignore:f. differences of gradients are taken. torch's own:UserWarning")
+def test_second_derivatives_where_torch_is_wrong() -> None:
+    f, at, v = weight_normed(torch.float64)
+    truth = differenced(f, at, v)
+    H, Hv = hessian(f)(at), hvp(f, v)(at)
+    for name, expected in truth.items():
+        torch.testing.assert_close(Hv[name], expected, rtol=1e-5, atol=1e-7)
+        column = sum(torch.tensordot(H[name][k], v[k], v[k].dim()) for k in v)
+        torch.testing.assert_close(column, expected, rtol=1e-5, atol=1e-7)
+    with pytest.warns(UserWarning, match="torch's own second derivative is wrong") as caught:
+        hvp(f, v)(at)
+    assert caught[0].filename == __file__
+    name = next(iter(at))
+    squared = lambda p: gradient(f)(p)[name].square().sum()  # noqa: E731
+    for call in (lambda: gradient(squared)(at), lambda: jacobian(lambda p: gradient(f)(p)[name])(at)):
+        with pytest.raises(RuntimeError, match="torch's own second derivative is wrong"):
+            call()
+    at = {k: w.requires_grad_() for k, w in at.items()}
+    with pytest.raises(RuntimeError, match="torch's own second derivative is wrong"):
+        hvp(f, v)(at)
+    with pytest.raises(RuntimeError, match="torch's own second derivative is wrong"):
+        sum(g.square().sum() for g in gradient(f)(at).values()).backward()
+
+
+def test_half_precision_keeps_its_dtype() -> None:
+    x = torch.tensor([0.03, 1.0, 1.0]).half()
+    f = lambda x: 4000 * x.prod()  # noqa: E731
+    H = 4000 * torch.tensor([[0, 1, 1], [1, 0, 0.03], [1, 0.03, 0]])
+    torch.testing.assert_close(hessian(f)(x), H.half(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(hvp(f, torch.ones(3))(x), H.sum(1).half(), rtol=2e-3, atol=0)
+
+
+class Turned(nn.Module):
+    """Dropout on an activation whose memory is not in the order of its elements."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.a, self.layout = nn.Linear(6, 8), layout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        if self.layout == "transposed":
+            return nn.functional.dropout(h.t(), 0.5).t()
+        h = h.view(-1, 2, 2, 2).contiguous(memory_format=torch.channels_last)
+        return nn.functional.dropout2d(h, 0.5) if self.layout == "channels" else nn.functional.dropout(h, 0.5)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "channels", "transformer"])
+def test_the_same_dropout_mask_in_every_derivative(layout: str) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True) if layout == "transformer" else Turned(layout)
+    model, x = model.double(), torch.randn(4, 5, 6).double() if layout == "transformer" else torch.randn(4, 6).double()
+    f = training_loss(model, lambda y, _: y.square().mean(), (x, x))
+    at = f.parameters
+    v = {k: torch.randn_like(w) for k, w in at.items()}
+    leaves = {k: w.clone().requires_grad_() for k, w in at.items()}
+    expected = dict(zip(at, torch.autograd.grad(f(leaves), list(leaves.values())), strict=True))
+    for derived in (gradient(f)(at), jacobian(f)(at)):
+        for name, g in expected.items():
+            torch.testing.assert_close(derived[name], g)
+    slope = sum((expected[k] * v[k]).sum() for k in v)
+    torch.testing.assert_close(directional_derivative(f, v)(at), slope)
+    torch.testing.assert_close(directional_derivative(lambda p: torch.stack([f(p), f(p)]), v)(at)[1], slope)
+    for name, w in differenced(f, at, v).items():
+        torch.testing.assert_close(hvp(f, v)(at)[name], w, rtol=1e-4, atol=1e-7)
 
 
 def test_torch_func_goes_through() -> None:

@@ -263,14 +263,38 @@ def test_relu_networks():
         assert found.value < f(f.parameters) and (found.converged or "a kink of f" in found.reason)
 
 
-def test_a_step_that_changes_nothing_is_none():
-    """1000 + 10⁻⁴ is 1000 in float32: (1) would compare f(x) with itself."""
-    x = torch.tensor([1.0001, 1.0003])
-    f = lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2 + 1000  # noqa: E731
-    found = line_search(f, x, -gradient(f, x), max_evaluations=200)
-    assert not found.converged and found.step == 0 and "too small to change x" in found.reason
-    found = line_search(f, x, -gradient(f, x), max_evaluations=200, method="strong_wolfe")
-    assert not found.converged and found.evaluations < 50
+HIDDEN = {
+    "parabola": (lambda x: (x**2).sum() + 1e4, [0.01]),
+    "two": (lambda x: 3 * x[0] ** 2 + x[1] ** 2 + 1e4, [0.01, -0.02]),
+    "rosenbrock": (lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2 + 1000, [1.0001, 1.0003]),
+}
+
+
+@pytest.mark.parametrize("method", ["armijo", "strong_wolfe"])
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("step", [0.1, 1.0, 7.0])
+def test_progress_that_rounding_hides(name, method, step):
+    """10⁴ + 10⁻⁴ is 10⁴ in float32: values can't tell, slopes can; float64 sees both conditions hold."""
+    f, start = HIDDEN[name]
+    x = torch.tensor(start)
+    d = -gradient(f, x)
+    found = line_search(f, x, d, method=method, step=step)
+    assert found.converged and found.reason == ""
+    x, end, d = x.double(), found.point.double(), d.double()
+    slope = gradient(f, x) @ d
+    assert f(end) - f(x) <= 0.5e-4 * found.step * slope  # x + αd is rounded to float32
+    if method == "strong_wolfe":
+        assert abs(gradient(f, end) @ d) <= 0.9 * abs(slope)
+
+
+@pytest.mark.parametrize("method", ["armijo", "strong_wolfe"])
+def test_no_progress_is_measurable(method):
+    """A step that changes nothing is none: (1) would compare f(x) with itself."""
+    x = torch.ones(2)
+    f = lambda x: (x**2).sum() * (x > 0.9).all()  # noqa: E731
+    found = line_search(f, x, torch.full((2,), -1e-30), method=method, max_evaluations=20)
+    assert not found.converged and found.step == 0 and torch.equal(found.point, x)
+    assert found.reason.startswith("no progress is measurable: f changes by less than its rounding, 1e-07 of it")
 
 
 def test_inference_mode():

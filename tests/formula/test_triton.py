@@ -48,6 +48,6 @@ def test_values_and_losses_compile(target: str) -> None:
         kernel(MSE, "loss", torch.float32),
         launch._make(WEIGHTED, "partial", mixed, True).kernel,
         kernel(MSE, (0,), torch.float64),
-        launch._total(torch.bfloat16),
+        launch.total(torch.bfloat16),
     ):
         assert compiled.compile(k, target).spills == 0

@@ -116,6 +116,24 @@ def test_anything_else_that_fails(tmp_path, monkeypatch, callback, where):
     trainer.fit(trainer.lightning_module, loader(), loader())
 
 
+class Breaks(Regression):
+    def validation_step(self, batch):
+        super().validation_step(batch)
+        raise LookupError("no such batch")
+
+
+def test_nothing_stays_after_a_training_that_raised(tmp_path):
+    module, set_, landscape = Breaks(), Instruments(), Landscape()
+    with pytest.raises(LookupError, match="no such batch"):
+        fit(tmp_path, module, set_, landscape, val=True, num_sanity_val_steps=0)
+    assert not any(each._forward_hooks for each in module.modules())
+    for part in (*set_.parts, landscape):
+        for name in ("batch", "vector", "output", "module", "hook"):
+            kept = getattr(part, name, None)
+            assert kept is None or isinstance(kept, str), f"{type(part).__name__}.{name}"
+        assert not getattr(part, "before", None) and not getattr(part, "snapshots", None)
+
+
 def test_an_interruption_gets_through(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import re
+import weakref
 from functools import partial
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchmetrics import MeanMetric
 
 import torchcalc
@@ -331,6 +335,63 @@ def test_an_objective_gets_the_indices_and_nothing_else(method):
     module = Steps()
     x, y = batches()[0]
     assert torch.equal(Objective(module, method)((x, y)), nn.functional.mse_loss(module.net(x), y))
+
+
+def test_a_threshold_far_above_does_not_flatten_the_sharpness():
+    charts = {title: tags for _, title, tags in Sharpness().charts()}
+    seen = ["sharpness/lambda", "sharpness/threshold", "sharpness/lr", "sharpness/lr_limit"]
+    alone = [[tag for tag in seen if any(re.match(each, tag) for each in tags)] for tags in charts.values()]
+    assert ["sharpness/lambda"] in alone and ["sharpness/lambda", "sharpness/threshold"] in alone
+
+
+def test_an_objective_puts_back_what_the_instance_logs_by():
+    module, logged = Busy(), []
+    module.log = own = lambda name, value, **options: logged.append(name)
+    Objective(module)(batches()[0])
+    assert module.log is own and not logged and "log_dict" not in vars(module)
+    with pytest.raises(RuntimeError):
+        Objective(module)((torch.ones(2, 7), torch.ones(2, 1)))
+    assert module.log is own
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made inside held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if storage is not None and (key := storage.data_ptr()) and key not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, key)
+        return out
+
+    def freed(self, key):
+        self.now -= self.sizes.pop(key, 0)
+
+
+@pytest.mark.parametrize(("make", "copies"), [(torch.optim.SGD, 11), (torch.optim.Adam, 15)])
+def test_memory_is_bounded(make, copies):
+    """In copies of the weights, of which one are the weights themselves, one the last vector, one Adam's state."""
+    net = nn.Sequential(nn.Linear(300, 300, bias=False), nn.Tanh(), nn.Linear(300, 1, bias=False))
+    weights = 4 * sum(p.numel() for p in net.parameters())
+    optimizer = make(net.parameters(), lr=1e-3)
+    loss = training_loss(net, nn.functional.mse_loss, (torch.randn(4, 300), torch.randn(4, 1)))
+    loss(dict(net.named_parameters())).backward()
+    optimizer.step()
+    parameters = dict(net.named_parameters())
+    start = sharpness(loss, optimizer, parameters).vector
+    for products in (4, 40):
+        with Live() as live:
+            sharpness(loss, optimizer, parameters, start=start, max_products=products, tolerance=1e-6)
+        assert live.peak <= (copies + 0.5) * weights
 
 
 def test_an_objective_logs_nothing_and_restores_metrics():

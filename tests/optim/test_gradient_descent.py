@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import random
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -165,6 +167,35 @@ def test_trials_see_the_same_dropout() -> None:
         torch.set_rng_state(state)
         nn.functional.dropout(torch.ones(16, 32), 0.5)
         assert torch.equal(drawn, torch.get_rng_state())
+
+
+def test_trials_see_the_same_numbers_of_python_and_numpy() -> None:
+    x = nn.Parameter(torch.tensor(1.0))
+    optimizer = GradientDescent([x], lr=100.0, backtrack=True)
+    draws: list[tuple[float, float]] = []
+
+    def noisy() -> Tensor:
+        draws.append((random.random(), np.random.random()))
+        return x**2 + sum(draws[-1])
+
+    optimizer.step(closure_of(optimizer, noisy))
+    assert len(draws) > 2 and len(set(draws)) == 1
+    assert (random.random(), np.random.random()) != draws[0]
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_decrease_that_rounding_hides(maximize: bool) -> None:
+    """x² + 10⁴ in float32 around 0: the gradients tell how far to go, as on x² alone."""
+    sign = -1 if maximize else 1
+    steps = []
+    for shift in (0.0, 1e4):
+        x = nn.Parameter(torch.tensor(0.01))
+        optimizer = GradientDescent([x], lr=3.0, backtrack=True, armijo=0.1, maximize=maximize)
+        optimizer.step(closure_of(optimizer, lambda x=x, shift=shift: sign * (x**2 + shift)))
+        assert optimizer.descent is not None
+        steps.append((x.item(), optimizer.descent.scale, optimizer.descent.trials))
+    assert steps[0] == steps[1]
+    assert abs(steps[1][0]) < 0.01
 
 
 def test_a_step_leaves_the_generator_where_one_evaluation_does() -> None:

@@ -77,6 +77,7 @@ def test_resume_goes_on_in_the_same_run(trained, tmp_path):
     assert "site-packages" not in resumed.stderr
     assert "Epoch 3: 100%" in resumed.stdout
     assert "Epoch 2:" not in resumed.stdout
+    assert "v_num=0," in resumed.stdout and "v_num=on" not in resumed.stdout
     before, after = (curves(folder / "runs/digits/version_0") for folder in (trained.folder, tmp_path))
     for tag in ("loss/train", "loss/val", "lr"):
         assert after[tag][:3] == before[tag]

@@ -1,10 +1,13 @@
 """A wrong key or value, on the command line or in a YAML file, ends in one line that names it, before training."""
 
+import errno
 import os
+import sys
 
 import pytest
 
 from recipes.__main__ import main
+from tests.recipes.conftest import BRIEF
 
 RECIPES = "depth, descent, digits, learning_rate, regression"
 SGD = "optimizer: {class_path: torch.optim.SGD, init_args: {%s}}"
@@ -14,8 +17,24 @@ GRADIENT_FLOW = "torchcalc.instruments.GradientFlow"
 # what the user typed, what the one line says
 ARGUMENTS = [
     ([], f"no recipe given; recipes are: {RECIPES}"),
-    (["digit"], f"there is no recipe 'digit'; recipes are: {RECIPES}"),
-    (["digits", "fitt"], "there is no option 'fitt'"),
+    (["digit"], f"there is no recipe 'digit'; did you mean 'digits'? recipes are: {RECIPES}"),
+    (["mnist"], f"there is no recipe 'mnist'; recipes are: {RECIPES}"),
+    (["digits", "fitt"], "there is no command 'fitt'; did you mean 'fit'? commands are: fit, validate, test"),
+    (["digits", "predict"], "there is no command 'predict'; commands are: fit, validate, test"),
+    (["digits", "--optimizer.lr=1", "test"], "'test' is a command, and comes before the settings"),
+    (["digits", "optimizer.lr=1"], "a setting begins with two dashes: --optimizer.lr=1"),
+    (["digits", "optimizer.learning_rate=1"], "no option 'optimizer.learning_rate'; did you mean '--optimizer.lr'?"),
+    (["digits", "--optimizer.learning_rate=1"], "AdamW: there is no option 'learning_rate'; did you mean 'lr'?"),
+    (["regression", "--optimizer.learning_rate=1"], "there is no option 'learning_rate'; did you mean 'lr'?"),
+    (["digits", "--learning_rate=1"], "there is no option 'learning_rate'; did you mean 'optimizer.lr'?"),
+    (["digits", "--lr=1"], "there is no option 'lr'; did you mean 'optimizer.lr'?"),
+    (["digits", "--widht=3"], "there is no option 'widht'; did you mean 'model.net.width'?"),
+    (["digits", "--seed=3"], "there is no option 'seed'; did you mean 'seed_everything'?"),
+    (["digits", "--epochs=3"], "there is no option 'epochs'; did you mean 'trainer.max_epochs'?"),
+    (["digits", "--lr_scheduler.gama=1"], "ExponentialLR: there is no option 'gama'; did you mean 'gamma'?"),
+    (["digits", "--optimizer.lr"], "optimizer: its value is missing, as in --setting=value"),
+    (["digits", f"--config={sys.executable}"], f"config={sys.executable} is no text; settings in a file are YAML"),
+    (["digits", "--model", sys.executable], f"{sys.executable} is no text; settings in a file are YAML"),
     (["digits", "--data.batch_sise=3"], "there is no option 'data.batch_sise'; did you mean 'data.batch_size'?"),
     (["digits", "--trainer.max_epoch=3"], "there is no option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
     (["digits", "--trainer.max_epochs=many"], "trainer.max_epochs: expected int, got 'many'"),
@@ -108,6 +127,36 @@ def test_what_the_trainer_or_a_callback_refuses(capsys, monkeypatch, tmp_path):
         main(["digits", "--trainer.logger=false"])
     assert end.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: GradientFlow: the trainer has no logger")
+
+
+def one_error(argv, capsys):
+    """Run a recipe that must fail; return its exit status and the last line it said."""
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    err = capsys.readouterr().err
+    return end.value.code, err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["digits", "descent"])
+def test_a_folder_that_cannot_be_written(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file")
+    code, error = one_error([name, "--trainer.enable_progress_bar=false"], capsys)
+    assert code == 2
+    assert error.startswith(f"error: Not a directory: '{tmp_path}/runs/{name}")
+    assert "--trainer.logger.save_dir=DIR names another" in error
+    assert (tmp_path / "runs").read_text() == "a file"
+
+
+def test_a_full_disk(capsys, monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "of a copy", None, "best.ckpt")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+    code, error = one_error(["digits", *BRIEF, "--trainer.enable_progress_bar=false"], capsys)
+    assert code == 2
+    assert error.startswith("error: No space left on device: 'best.ckpt'; if it is of the runs' folder, ")
 
 
 def test_traceback_on_request(monkeypatch):

@@ -231,12 +231,46 @@ class TestCommand:
             (["torch.sin"], "package.module:name"),
             (["torch:sinn"], "cannot find 'torch:sinn'"),
             (["torch:sin", "--input", "3;4"], "'3;4' is no input"),
+            (["torch:sin", "--input=-1,4"], "'-1,4' is no input"),
+            (["torch:sin", "--input", "5,,3"], "'5,,3' is no input"),
+            (["torch:sin", "--input", "5:classes=0"], "'5:classes=0' is no input"),
+            (["torch:sin", "--wrt", "first"], "--wrt first: give the inputs' numbers"),
             (["torch:sin", "--include", "nothing"], "there is no check 'nothing'"),
+            (["torch:pi"], "'torch:pi' is a float, which cannot be called"),
+            (["torch:sin", "--reference", "torch:pi"], "'torch:pi' is a float"),
+            (["torch:mm"], "torch:mm raises on inputs of shape (3, 4): TypeError: mm() received an invalid comb"),
+            (["torch:numel"], "torch:numel returns no tensor but int"),
+            (["torch.nn:Linear"], "torch.nn:Linear() raises TypeError: "),
+            (["torch:sin", "--kind", "optimizer"], "no signature found"),
+            (["broken_syntax:f"], "cannot import 'broken_syntax': SyntaxError: "),
+            (["broken_import:f"], "cannot import 'broken_import': ZeroDivisionError: division by zero"),
+            (["broken_exit:f"], "cannot import 'broken_exit': SystemExit: 0"),
+            (["broken_call:f"], "broken_call:f raises on inputs of shape (3, 4): KeyError: 'nothing'"),
         ],
     )
-    def test_mistakes_are_explained(self, capsys, arguments, message):
+    def test_mistakes_are_explained(self, capsys, monkeypatch, tmp_path: Path, arguments, message):
+        """In one line, and with another exit status than that of a report with errors."""
+        for name, text in {
+            "syntax": "def f(:",
+            "import": "1 / 0",
+            "exit": "raise SystemExit(0)",
+            "call": "def f(x):\n    raise KeyError('nothing')",
+        }.items():
+            (tmp_path / f"broken_{name}.py").write_text(text)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
         assert main(arguments) == 2
-        assert message in capsys.readouterr().err
+        out, err = capsys.readouterr()
+        assert not out
+        assert err.startswith("torchcalc.testing: ") and message in err
+        assert err.count("\n") == 1
+
+    def test_the_trial_call_leaves_inputs_to_the_checks(self, capsys, monkeypatch, tmp_path: Path):
+        (tmp_path / "writes_to_its_input.py").write_text("def f(x):\n    return x.add_(1).sin()\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        assert main(["writes_to_its_input:f", "--input", "3", "--include", "mutation"]) == 1
+        assert "mutation" in capsys.readouterr().out
 
     def test_list(self, capsys):
         assert main(["--list"]) == 0

@@ -48,7 +48,6 @@ from torchcalc.calculus.variables import Tensors
 
 __all__ = ["Curvature", "curvature", "curvature_along"]
 
-BASIS = 24  # vectors kept; after a restart half of them
 NOISE = (
     0.5  # mixed into a warm start, as a multiple of it: 0.1 leaves 1.1 unseen by 1 in 10⁵, 1 makes 4 products too few
 )
@@ -93,11 +92,13 @@ def curvature(
     start: Tensors | None = None,
     tolerance: float = 1e-3,
     max_products: int = 100,
+    basis: int = 24,
     generator: torch.Generator | None = None,
 ) -> Curvature:
     """The largest (algebraic) eigenvalue of the Hessian of f, and its eigenvector, by Lanczos; the Hessian is never formed.
 
-    The price is that of about two gradients for each product, and memory for 24 vectors like ``at``.
+    The price is that of about two gradients for each product and of two to four to check the first, and memory for
+    ``basis`` vectors like ``at`` and about six more (eight with a metric).
 
     Args:
         f: from a tensor, or a dict of tensors, to a real scalar tensor, such as a :func:`training_loss`.
@@ -106,6 +107,7 @@ def curvature(
         start: where to begin, like ``at``: the ``.vector`` of the last time; otherwise at random.
         tolerance: the residual, relative to λ, at which to stop, > 0.
         max_products: or after so many Hessian-vector products, >= 1.
+        basis: vectors kept, >= 3; when there are so many, half of them are kept (a restart), and more products are needed.
         generator: of the noise to start from (on any device); by default one of its own, seeded by ``start``: the same
             call has the same result.
 
@@ -115,7 +117,7 @@ def curvature(
 
     Raises:
         ValueError: f returns no scalar or does not depend on ``at``; metric or start not like ``at``; metric not
-            positive; tolerance or max_products out of range.
+            positive; tolerance, max_products or basis out of range.
         TypeError: ``at`` is not of a real float dtype.
 
     Reference: Lanczos 1950, doi:10.6028/jres.045.026.
@@ -128,6 +130,8 @@ def curvature(
         raise ValueError(f"tolerance: {tolerance}; it must be in (0, 1)")
     if not (isinstance(max_products, int) and max_products >= 1):
         raise ValueError(f"max_products: {max_products}; it must be an int, at least 1")
+    if not (isinstance(basis, int) and basis >= 3):
+        raise ValueError(f"basis: {basis}; it must be an int, at least 3")
     hessian = HessianProduct(f, at)
     scale = None
     if metric is not None:
@@ -137,13 +141,13 @@ def curvature(
         scale = scale.rsqrt()
 
     def product(v: Tensor) -> Tensor:
-        return hessian(v) if scale is None else scale * hessian(scale * v)  # (5)
+        return hessian(v) if scale is None else hessian(scale * v).mul_(scale)  # (5)
 
-    first = _start(hessian, start, generator)
-    pair = _lanczos(product, first, tolerance, max_products)
+    pair = _lanczos(product, _start(hessian, start, generator), tolerance, max_products, basis)
     _warn(hessian)
     residual = max(pair.residual, hessian.eps * pair.size) if pair.residual == pair.residual else math.nan
-    vector = hessian.like(pair.vector if start is None or pair.vector @ first >= 0 else -pair.vector)
+    turned = start is not None and float(pair.vector @ hessian.flat(start, "start")) < 0
+    vector = hessian.like(pair.vector.neg_() if turned else pair.vector)
     return Curvature(pair.value, vector, residual, pair.products, pair.converged, hessian.method, hessian.reason)
 
 
@@ -183,7 +187,7 @@ def _start(hessian: HessianProduct, start: Tensors | None, generator: torch.Gene
     """A unit vector: noise, and the one given mixed into it; the same noise for the same one."""
     v = None if start is None else hessian.flat(start, "start")
     if generator is None:
-        generator = torch.Generator().manual_seed(0 if v is None else hash(float(v.double().sum())))
+        generator = torch.Generator().manual_seed(0 if v is None else hash(float(v.sum(dtype=torch.float64))))
     noise = torch.randn(hessian.size, generator=generator, dtype=hessian.dtype, device=generator.device)
     noise = noise.to(hessian.device)
     noise /= noise.norm()
@@ -205,23 +209,26 @@ class _Ritz(NamedTuple):
     size: float  #: of the largest Ritz value
 
 
-def _lanczos(product: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, max_products: int) -> _Ritz:
+def _lanczos(
+    product: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, max_products: int, vectors: int
+) -> _Ritz:
     """The largest eigenpair, from the unit vector v; with full reorthogonalisation and thick restarts."""
     n, eps = v.numel(), torch.finfo(v.dtype).eps
-    size = min(BASIS, n, max_products)
+    size = min(vectors, n, max_products)
     V = v.new_empty(size, n)
     T = torch.zeros(size, size, dtype=torch.float64)
     k = 0
     for products in range(1, max_products + 1):
         V[k] = v
+        v = V[k]  # nothing else holds what it was
         basis = V[: k + 1]
         w = product(v)
-        if not bool(w.isfinite().all()):
-            return _Ritz(math.nan, v, math.nan, products, False, math.nan)
+        if not bool(torch.stack(w.aminmax()).isfinite().all()):  # without a copy
+            return _Ritz(math.nan, v.clone(), math.nan, products, False, math.nan)
         c = basis @ w
-        w = w - c @ basis
+        w.addmv_(basis.T, c, alpha=-1)
         again = basis @ w  # what rounding has left of it
-        w = w - again @ basis
+        w.addmv_(basis.T, again, alpha=-1)
         T[k, : k + 1] = T[: k + 1, k] = (c + again).double().cpu()  # (2)
         beta = float(w.norm())
         theta, s = torch.linalg.eigh(T[: k + 1, : k + 1])
@@ -232,7 +239,7 @@ def _lanczos(product: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, m
         converged = small or residual <= rounding or k + 1 == n
         if converged or products == max_products:
             break
-        v = w / beta
+        v = w.div_(beta)
         k += 1
         if k == size:  # thick restart
             k = size // 2
@@ -240,4 +247,4 @@ def _lanczos(product: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, m
             T = T.new_zeros(size, size)
             T[:k, :k] = theta[-k:].diag()
     y = s[:, -1].to(V) @ V[: s.shape[0]]
-    return _Ritz(value, y / y.norm(), residual, products, converged, largest)
+    return _Ritz(value, y.div_(y.norm()), residual, products, converged, largest)

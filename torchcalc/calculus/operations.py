@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
-__all__ = ["checkpointed", "foreign", "nodes", "once", "saved"]
+__all__ = ["checkpointed", "foreign", "leaves", "nodes", "once", "saved"]
 
 ONCE = once_differentiable(lambda ctx: None).__code__  # that of all backwards which it has wrapped
 
@@ -24,6 +24,15 @@ def nodes(output: Tensor) -> Iterator[Any]:
             seen.add(node)
             yield node
             waiting.extend(n for n, _ in node.next_functions)
+
+
+def leaves(output: Tensor) -> Iterator[Tensor]:
+    """The variables that an output depends on."""
+    if output.grad_fn is None and output.requires_grad:
+        yield output
+    for node in nodes(output):
+        if hasattr(node, "variable"):
+            yield node.variable
 
 
 def foreign(output: Tensor) -> bool:

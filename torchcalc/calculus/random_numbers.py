@@ -5,11 +5,46 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["random_numbers_kept"]
+__all__ = ["RandomNumbers", "random_numbers_kept"]
+
+
+class RandomNumbers:
+    """Where all generators stand, so that they can be put back there.
+
+    Args:
+        devices: whose generators to keep, besides that of the CPU.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self.numpy = sys.modules.get("numpy")
+        self.host, self.python = torch.get_rng_state(), random.getstate()
+        self.array = self.numpy.random.get_state() if self.numpy is not None else None
+        self.devices = {
+            d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type not in ("cpu", "meta")
+        }
+
+    def restore(self) -> None:
+        for device, state in self.devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+        if self.numpy is not None:
+            self.numpy.random.set_state(self.array)
+        random.setstate(self.python)
+        torch.set_rng_state(self.host)
+
+    def seed(self, seed: int) -> None:
+        """Let all of them begin with a seed."""
+        for device in self.devices:
+            module = torch.get_device_module(device)
+            with module.device(device):
+                module.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        if self.numpy is not None:
+            self.numpy.random.seed(seed % 2**32)
 
 
 @contextmanager
@@ -20,21 +55,10 @@ def random_numbers_kept(seed: int | None = None, devices: Iterable[torch.device]
         seed: of all generators; None leaves them as they are.
         devices: whose generators to keep, besides that of the CPU.
     """
-    numpy = sys.modules.get("numpy")
-    with ExitStack() as stack:
-        stack.callback(torch.set_rng_state, torch.get_rng_state())
-        stack.callback(random.setstate, random.getstate())
-        if numpy is not None:
-            stack.callback(numpy.random.set_state, numpy.random.get_state())
-        for device in {d for d in devices if d.type not in ("cpu", "meta")}:
-            module = torch.get_device_module(device)
-            stack.callback(module.set_rng_state, module.get_rng_state(device), device)
-            if seed is not None:
-                with module.device(device):
-                    module.manual_seed(seed)
+    kept = RandomNumbers(devices)
+    try:
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            if numpy is not None:
-                numpy.random.seed(seed % 2**32)
+            kept.seed(seed)
         yield
+    finally:
+        kept.restore()

@@ -43,6 +43,11 @@ class TrainingLoss:
         ]
 
     @property
+    def names(self) -> list[str]:
+        """The names of the model's trainable parameters."""
+        return [name for name, p in self._model.named_parameters() if p.requires_grad]
+
+    @property
     def parameters(self) -> dict[str, Tensor]:
         """Detached copies of the model's trainable parameters, as they are now; a tied one once."""
         return {name: p.detach().clone() for name, p in self._model.named_parameters() if p.requires_grad}

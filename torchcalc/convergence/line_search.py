@@ -2,12 +2,14 @@
 
 Along a direction d a function f is a function of one variable, φ(α) = f(x + αd), with the slope φ'(α) = ∇f(x + αd)ᵀd. Only if
 φ'(0) < 0 does it fall at first. How far to go is settled by two conditions. The value must lie below a line that falls
-less steeply than the tangent does (Armijo), and the curve must have become flatter, as otherwise it pays to go on:
+less steeply than the tangent does (Armijo, ``torchcalc/optim/armijo.py``), and the curve must have become flatter, as
+otherwise it pays to go on:
 
     φ(α) ≤ φ(0) + c₁·α·φ'(0),                  0 < c₁ < 1                          (1)
     |φ'(α)| ≤ c₂·|φ'(0)|,                     c₁ < c₂ < 1                         (2)
 
-(1) alone holds for all small enough steps, since φ(α) = φ(0) + αφ'(0) + o(α): *backtracking* shrinks α until it does.
+(1) alone holds for all small enough steps: *backtracking* shrinks α until it does. Differences of values that rounding hides
+are taken from the slopes, in (1), (3) and (4).
 (1) and (2), the *strong Wolfe* conditions, hold on an interval if φ is smooth and bounded below: l(α), the line in (1),
 lies above φ at first and below it in the end, so they cross; between 0 and the first crossing φ − l has a minimum, where
 φ'(α) = c₁φ'(0), which is flatter than c₂φ'(0). The search brackets such an interval, doubling α until one of
@@ -38,6 +40,7 @@ import torch
 from torch import Tensor
 
 from torchcalc.calculus.variables import Tensors, like, named
+from torchcalc.optim.armijo import change, enough, hidden
 
 __all__ = ["LineSearch", "line_search"]
 
@@ -53,7 +56,8 @@ class LineSearch:
         point: x + α·d, a tensor or dict like x.
         evaluations: of f, at x included.
         gradients: of f, at x included.
-        converged: whether the conditions hold. If not, step is the best found that satisfies (1), which may be 0.
+        converged: whether the conditions hold. If not, step is the best found that satisfies (1), which may be 0. Where they
+            hold by the slopes, because f changes by less than its rounding, value may be that at x.
         reason: why not; else empty.
     """
 
@@ -87,8 +91,8 @@ def line_search(
         x: the point; real float tensors. It is not changed.
         direction: d, like x, such as minus the gradient. ``{name: -p.grad for name, p in model.named_parameters()}``
             is one for ``training_loss(...).parameters``.
-        method: "armijo": backtracking until (1) holds, which needs one gradient; "strong_wolfe": (1) and (2), one gradient
-            for most trials.
+        method: "armijo": backtracking until (1) holds, which needs one gradient, and more only where rounding hides what f has
+            fallen by; "strong_wolfe": (1) and (2), one gradient for most trials.
         step: the first α tried, > 0: 1 is natural for Newton and quasi-Newton directions. Backtracking never exceeds it.
         c1: in (1). 1e-4 asks for hardly more than a decrease.
         c2: in (2); smaller is more exact. 0.9 is usual for Newton and quasi-Newton directions, 0.1 for conjugate gradients.
@@ -136,7 +140,9 @@ def line_search(
         end = _backtrack(line, step, shrink) if method == "armijo" else _bracket(line, step)
         reason = ""
     except _GaveUp as error:
-        end, reason = error.best, str(error)
+        end, reason = (start if error.best.is_at(start) else error.best), str(error)
+        if end is start and line.last is not None and hidden(start.value, line.last.value, start.eps):
+            reason = f"no progress is measurable: f changes by less than its rounding, {start.eps:.1g} of it; {reason}"
     slope = end.slope if end.known else None
     return LineSearch(end.step, end.value, slope, end.point, line.evaluations, line.gradients, not reason, reason)
 
@@ -144,11 +150,13 @@ def line_search(
 def _backtrack(line: _Line, step: float, shrink: float) -> _Trial:
     """Algorithm 3.1."""
     assert line.start is not None
-    while not line.low_enough(trial := line.at(step, graph=False)):  # (1)
+    while True:
+        trial = line.at(step)
+        if trial.is_at(line.start):  # (1) would compare f(x) with itself
+            raise _GaveUp(line.start, f"a step of {step:.3g} is too small to change x in its dtype")
+        if line.low_enough(trial):  # (1)
+            return trial
         step *= shrink
-    if trial.is_at(line.start):  # (1) then compares f(x) with itself, rounded
-        raise _GaveUp(line.start, f"a step of {step:.3g} is too small to change x in its dtype")
-    return trial
 
 
 def _bracket(line: _Line, step: float) -> _Trial:
@@ -157,7 +165,7 @@ def _bracket(line: _Line, step: float) -> _Trial:
     before = line.start
     while True:
         trial = line.at(step)
-        if not line.low_enough(trial) or trial.value >= before.value or math.isnan(trial.slope):  # (3)
+        if not line.low_enough(trial) or trial.above(before) >= 0 or math.isnan(trial.slope):  # (3)
             return _zoom(line, before, trial)
         line.best = trial
         if line.flat_enough(trial):
@@ -173,7 +181,7 @@ def _zoom(line: _Line, low: _Trial, high: _Trial) -> _Trial:
     while True:
         line.best = low
         trial = line.at(_between(low, high, other))
-        if not line.low_enough(trial) or trial.value >= low.value or math.isnan(trial.slope):
+        if not line.low_enough(trial) or trial.above(low) >= 0 or math.isnan(trial.slope):
             if trial.is_at(low):
                 raise _shrunk(low)
             other, high = high, trial
@@ -194,12 +202,12 @@ def _between(low: _Trial, high: _Trial, other: _Trial | None) -> float:
     if middle in (low.step, high.step):
         raise _shrunk(low)
     c = low.slope * h  # from here on in units of h
-    u = high.value - low.value - c  # b + a
+    u = high.above(low) - c  # b + a
     guesses = [(0.0, u, 0.1)]
     if other is not None:
         k = (other.step - low.step) / h
         if 0 < k * k < math.inf and k != 1:
-            a = (u - (other.value - low.value - c * k) / (k * k)) / (1 - k)
+            a = (u - (other.above(low) - c * k) / (k * k)) / (1 - k)
             guesses.insert(0, (a, u - a, 0.2))
     for a, b, margin in guesses:
         t = _minimum(c, b, a)
@@ -238,9 +246,10 @@ class _Line:
         self.evaluations = self.gradients = 0
         self.start: _Trial | None = None
         self.best: _Trial | None = None
+        self.last: _Trial | None = None
 
-    def at(self, step: float, *, graph: bool = True) -> _Trial:
-        """Evaluate; without the graph its slope can not be had."""
+    def at(self, step: float) -> _Trial:
+        """Evaluate."""
         if self.evaluations >= self.max_evaluations:
             assert self.start is not None
             best = self.best or self.start
@@ -248,19 +257,20 @@ class _Line:
                 best, f"no step satisfied the conditions in {self.evaluations} evaluations, down to {step:.3g}"
             )
         self.evaluations += 1
-        with torch.inference_mode(False), torch.set_grad_enabled(graph):
+        with torch.inference_mode(False), torch.enable_grad():
             leaves = {k: t + step * self.d[k] if step else t.clone() for k, t in self.x.items()}
             for leaf in leaves.values():
-                leaf.requires_grad_(graph)
+                leaf.requires_grad_()
             y = self.f(leaves[""] if self.bare else leaves)
         if not isinstance(y, Tensor) or y.numel() != 1 or y.is_complex():
             what = f"shape {tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"f returned {what}; it must return a real scalar tensor")
-        return _Trial(self, step, y, leaves)
+        self.last = _Trial(self, step, y, leaves)
+        return self.last
 
     def low_enough(self, trial: _Trial) -> bool:
         assert self.start is not None
-        return trial.value <= self.start.value + self.c1 * trial.step * self.start.slope  # (1)
+        return enough(trial.above(self.start), -trial.step * self.start.slope, self.c1)  # (1)
 
     def flat_enough(self, trial: _Trial) -> bool:
         assert self.start is not None
@@ -271,7 +281,7 @@ class _Trial:
     """A point on the line."""
 
     def __init__(self, line: _Line, step: float, y: Tensor, leaves: dict[str, Tensor]) -> None:
-        self.step, self.value = step, y.item()
+        self.step, self.value, self.eps = step, y.item(), torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0
         if step and not math.isfinite(self.value):
             self.value = math.inf
         self._line, self._leaves = line, leaves
@@ -294,6 +304,11 @@ class _Trial:
                 self._slope = math.nan
             self._y, self.known = None, True
         return self._slope
+
+    def above(self, other: _Trial) -> float:
+        """φ here less φ there."""
+        by_slopes = lambda: (self.step - other.step) * (self.slope + other.slope) / 2  # noqa: E731
+        return change(other.value, self.value, self.eps, by_slopes)
 
     def is_at(self, other: _Trial) -> bool:
         return all(torch.equal(t, u) for t, u in zip(self._leaves.values(), other._leaves.values(), strict=True))

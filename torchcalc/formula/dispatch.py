@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
+from torchcalc.formula import launched
+from torchcalc.native import gpu
 from torchcalc.native import pointwise as kernels
 
 if TYPE_CHECKING:
@@ -29,17 +31,21 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The reference, with the ways around it."""
     place: int | None = None
-    is_compiling = torch.compiler.is_compiling
     compute: Any = None
+    launch: Any = None
+    is_compiling = torch.compiler.is_compiling
 
     def apply(*args: Any) -> Tensor:
-        nonlocal place, compute
+        nonlocal place, compute, launch
         if is_compiling():
             return reference(*args)
         if place is None:
             place = kernels.index(formula)
             compute = kernels.elementwise if place >= 0 else None
         y = compute(place, *args) if compute is not None else None
+        if y is None and isinstance(args[0], Tensor) and (args[0].is_cuda or gpu.INTERPRETED):
+            launch = launch or launched.elementwise(formula)
+            y = launch(*args)
         return reference(*args) if y is None else y
 
     return apply
@@ -48,18 +54,43 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
 def reduced(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Likewise of a loss: (*inputs, weight, reduction, by_weight, *parameters)."""
     n = len(formula.inputs)
+    launch: Any = None
     is_compiling = torch.compiler.is_compiling
 
     def apply(*args: Any) -> Tensor:
-        if is_compiling() or (how := REDUCTIONS.get(args[n + 1])) is None or (place := kernels.index(formula)) < 0:
+        nonlocal launch
+        if is_compiling() or (how := REDUCTIONS.get(args[n + 1])) is None or not isinstance(args[0], Tensor):
             return reference(*args)
         inputs = args[: n + 1]
-        if _is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
+        if _is_any_autocast_enabled() and torch.is_autocast_enabled(args[0].device.type):
             inputs = tuple(x if x is None else _as_float32(x) for x in inputs)
-        y = kernels.reduced(place, *inputs, how, *args[n + 2 :])
+        y = None
+        if (place := kernels.index(formula)) >= 0:
+            y = kernels.reduced(place, *inputs, how, *args[n + 2 :])
+        if y is None and how != 0 and (args[0].is_cuda or gpu.INTERPRETED):
+            launch = launch or launched.reduced(formula)
+            y = by_launch(launch, how == 1, args[n + 2], *inputs, numbers=args[n + 3 :])
         return reference(*args) if y is None else y
 
     return apply
+
+
+def by_launch(
+    launch: Callable[..., Tensor | None], mean: bool, by_weight: bool, *inputs: Any, numbers: tuple[float, ...]
+) -> Tensor | None:
+    """The reduced loss of (*inputs, weight) by a launch; None where it does not take them."""
+    *tensors, weight = inputs
+    n = tensors[0].numel()
+    if not mean:
+        return launch(1.0, weight, *tensors, *numbers)
+    if n == 0:
+        return None
+    if weight is None or not by_weight:
+        return launch(1.0 / n, weight, *tensors, *numbers)
+    if tensors[0].dtype in (torch.bfloat16, torch.float16):  # the sum may be beyond their range
+        return None
+    total = launch(1.0, weight, *tensors, *numbers)
+    return None if total is None else total / weight.sum()
 
 
 def _as_float32(x: Tensor) -> Tensor:

@@ -175,9 +175,12 @@ class Instrument(Callback):
 
     @guarded
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draw what was measured until the user interrupted the training."""
-        if self.draws and isinstance(exception, KeyboardInterrupt):
-            self.write_figures(trainer)
+        """Draw what was measured until the user interrupted the training; let go of it: Lightning calls no teardown then."""
+        try:
+            if self.draws and isinstance(exception, KeyboardInterrupt):
+                self.write_figures(trainer)
+        finally:
+            self.teardown(trainer, pl_module, "fit")
 
 
 def add_figure(writer: Any, tag: str, figure: Figure, step: int) -> None:

@@ -25,8 +25,9 @@ class Instruments(Callback):
 
     Each part keeps to a budget of the training time, together less than 4 %; only the last figures, about 0.04 s each, are
     drawn whatever they cost (``python -m benchmarks instruments`` measures all). Give the parts one by one to set them.
-    Sharpness evaluates ``training_step`` some more times: what that does in Python, such as appending to a list, is
-    repeated. A part that fails is switched off with a warning, and the training goes on.
+    Sharpness evaluates ``training_step`` some more times: what that does in Python, such as appending to a list, is repeated.
+    It needs the memory of about nine copies of the weights, twelve with Adam's preconditioner, and the others of two. A part
+    that fails is switched off with a warning, and the training goes on.
 
     Args:
         every_n_steps: measure once every n batches that step, >= 1; None: the trainer's ``log_every_n_steps``.

@@ -20,6 +20,8 @@ from torchmetrics import Metric
 
 __all__ = ["Objective", "batch_of", "check_objective"]
 
+LOGS = ("log", "log_dict")
+
 
 class Objective(nn.Module):
     """``Objective(module)(batch)`` is the loss of the batch, a scalar tensor with its graph.
@@ -85,13 +87,16 @@ def silent(module: LightningModule) -> Iterator[None]:
     metrics = [
         (each, vars(each).copy(), each._copy_state_dict()) for each in module.modules() if isinstance(each, Metric)
     ]
-    for name in ("log", "log_dict"):
+    own = {name: vars(module)[name] for name in LOGS if name in vars(module)}
+    for name in LOGS:
         object.__setattr__(module, name, lambda *args, **kwargs: None)
     try:
         yield
     finally:
-        for name in ("log", "log_dict"):
+        for name in LOGS:
             object.__delattr__(module, name)
+        for name, function in own.items():
+            object.__setattr__(module, name, function)
         for metric, attributes, states in metrics:
             vars(metric).clear()
             vars(metric).update(attributes)

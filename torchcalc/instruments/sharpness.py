@@ -31,6 +31,9 @@ from torchcalc.instruments.objective import Objective, batch_of, check_objective
 __all__ = ["Sharpness", "SharpnessReading", "sharpness"]
 
 
+BASIS = 4  # Lanczos vectors kept, each as large as all weights
+
+
 class SharpnessReading(NamedTuple):
     """What :func:`sharpness` found.
 
@@ -83,20 +86,24 @@ def sharpness(
     names = [name for name, p in parameters.items() if id(p) in trained and p.requires_grad]
     if not names:
         raise ValueError("optimizer: it trains none of the parameters; make it from those of the loss's model")
-    everything = loss.parameters
-    if unknown := [name for name in names if name not in everything]:
-        raise ValueError(f"parameters: the loss knows no {', '.join(unknown)}; its own are {', '.join(everything)}")
+    known = loss.names
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"parameters: the loss knows no {', '.join(unknown)}; its own are {', '.join(known)}")
     metric, why = None, ""
     try:
         stability_limit(optimizer, 1.0)
         by_parameter = preconditioner(optimizer)
         metric = {name: positive(by_parameter[parameters[name]]) for name in names}
+        if all(bool((m == 1).all()) for m in metric.values()):
+            metric = None
+        del by_parameter  # as large as all weights
     except (TypeError, ValueError, KeyError) as error:
         why = f"{type(error).__name__}: {error}"
-    at = {name: everything[name] for name in names}
+    at = {name: parameters[name].detach() for name in names}
     if start is not None and {k: v.shape for k, v in start.items()} != {k: v.shape for k, v in at.items()}:
         start = None  # something was frozen or unfrozen since
-    found = curvature(loss, at, metric=metric, start=start, tolerance=tolerance, max_products=max_products)
+    options: dict[str, Any] = dict(tolerance=tolerance, max_products=max_products, basis=BASIS)
+    found = curvature(loss, at, metric=metric, start=start, **options)
     limit = threshold = math.nan
     if not why and math.isfinite(found.value):
         limit = stability_limit(optimizer, found.value) if found.value > 0 else math.inf
@@ -130,13 +137,14 @@ def largest_stable(limit: Callable[[float], float], lr: float, near: float = 1.0
 
 
 class Sharpness(Instrument):
-    """Curves of the sharpness and its threshold, and of the learning rate and its limit, for one chart each.
+    """Curves of the sharpness, with its threshold and by itself, and of the learning rate and its limit, a chart for each.
 
     ``sharpness/lambda`` and ``sharpness/threshold``: training is unstable while the former is above the latter.
     ``sharpness/lr`` and ``sharpness/lr_limit``: the same in terms of the learning rate. They are of the loss of one fixed
     batch, the first of the training, with one dropout mask and without autocast; the sharpness of few examples is somewhat
     above that of all. Weights, buffers, metrics, random numbers and ``.grad`` are left as they are; what else
-    ``training_step`` does in Python, such as appending to a list, happens once more at each evaluation. Under DDP rank zero
+    ``training_step`` does in Python, such as appending to a list, happens once more at each evaluation. A measurement needs the
+    memory of about nine copies of the weights, twelve with Adam's preconditioner, and one is kept in between. Under DDP rank zero
     measures, of its own batch, and the others wait; ``training_step`` must not communicate. For optimizers that
     :func:`~torchcalc.convergence.stability_limit` does not know, the plain Hessian's λ is all there is.
 
@@ -199,6 +207,7 @@ class Sharpness(Instrument):
     def charts(self) -> list[Chart]:
         return [
             ("sharpness", "sharpness λ and its threshold", ["^sharpness/(lambda|threshold)$"]),
+            ("sharpness", "sharpness λ", ["^sharpness/lambda$"]),  # a threshold far above would flatten it
             ("sharpness", "learning rate and its limit", ["^sharpness/lr(_limit)?$"]),
         ]
 

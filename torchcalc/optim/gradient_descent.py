@@ -3,26 +3,25 @@
     new = old − lr·grad                                                           (1)
 
 Why it works: to first order f(p − lr·g) = f(p) − lr·‖g‖² + O(lr²), so a small enough step along −g lowers f by lr·‖g‖².
-Armijo's test asks for a fraction c of that promise,
+Armijo's test (``armijo.py``) asks for a fraction c of that promise,
 
     f(p − lr·g) ≤ f(p) − c·lr·‖g‖²,                                               (2)
 
 and backtracking multiplies lr by ``shrink`` until it holds, which for a differentiable f it does after finitely many
-trials. All trials run with the random numbers of the first evaluation: otherwise dropout, and not the step, would
-decide.
-
-Reference: Armijo 1966, doi:10.2140/pjm.1966.16.1; Nocedal, Wright 2006, "Numerical optimization", section 3.1.
+trials. All trials draw the random numbers of the first evaluation, torch's, Python's and NumPy's: otherwise dropout or
+augmentation, and not the step, would decide.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchcalc.calculus.random_numbers import RandomNumbers
+from torchcalc.optim.armijo import change, enough
 from torchcalc.optim.checks import check_at_least_zero, check_one_element
 from torchcalc.optim.optimizer import Optimizer, ParamsT
 from torchcalc.optim.tensor_list import Scalar, Vector, add_scaled_
@@ -53,9 +52,9 @@ class GradientDescent(Optimizer):
 
     With a closure, ``step`` evaluates the loss before and after, and ``optimizer.descent`` tells what happened
     (:class:`Descent`). Each evaluation is a call of the closure; like those of ``torch.optim.LBFGS`` it zeroes the
-    gradients, computes the loss, calls backward, and returns the loss. Afterwards the random number generators stand
-    where one evaluation leaves them, and ``p.grad`` is the gradient at the last trial. Without a closure it only
-    steps.
+    gradients, computes the loss, calls backward, and returns the loss. Afterwards the random number generators (torch's,
+    Python's, NumPy's) stand where one evaluation leaves them, and ``p.grad`` is the gradient at the last trial. Where the
+    loss changes by less than its rounding, the gradients decide. Without a closure it only steps.
 
     Args:
         params: parameters, named parameters, or dicts of parameter groups.
@@ -140,21 +139,22 @@ class GradientDescent(Optimizer):
             return super().step()
         if self.backtrack and len({group["maximize"] for group in self.param_groups}) > 1:
             raise ValueError("backtrack=True needs one direction, but maximize differs between groups")
-        start = _RNG(self.param_groups)
+        start = RandomNumbers({p.device for group in self.param_groups for p in group["params"]})
         with torch.enable_grad():
             loss = closure()
         moves = [_Move(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         try:
-            self.descent = self._try(moves, _number(loss), closure, start)
+            self.descent = self._try(moves, loss, closure, start)
         except BaseException:
             for move in moves:
                 move.undo()
             raise
         return loss
 
-    def _try(self, moves: list[_Move], before: float, closure: Callable[[], Any], start: _RNG) -> Descent:
+    def _try(self, moves: list[_Move], loss: Any, closure: Callable[[], Any], start: RandomNumbers) -> Descent:
         """Shorter and shorter steps, until one is accepted or all are given up."""
         sign = -1 if self.param_groups[0]["maximize"] else 1
+        before, eps = _number(loss), _eps(loss, moves)
         promise = sum(move.promise for move in moves)
         scale = 1.0
         for trial in range(1, self.max_trials + 1):
@@ -163,8 +163,11 @@ class GradientDescent(Optimizer):
             start.restore()
             with torch.enable_grad():
                 after = _number(closure())
-            enough = math.isfinite(after) and sign * after <= sign * before - self.armijo * scale * promise  # (2)
-            if enough or not self.backtrack:
+            slopes = lambda scale=scale: scale * (sum(move.slope() for move in moves) - promise) / 2  # noqa: E731
+            fell = self.backtrack and enough(
+                change(sign * before, sign * after, eps, slopes), scale * promise, self.armijo
+            )
+            if fell or not self.backtrack:
                 return Descent(before, after, scale, trial)
             scale *= self.shrink
         for move in moves:
@@ -179,7 +182,8 @@ class _Move:
     def __init__(self, p: Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None
         self.p, self.old, self.lr = p, p.clone(), float(group["lr"])
-        self.g = -p.grad if group["maximize"] else p.grad.clone()
+        self.sign = -1 if group["maximize"] else 1
+        self.g = self.sign * p.grad
         self.promise = self.lr * float(_squared_norm(self.g))
 
     @torch.no_grad()
@@ -191,6 +195,14 @@ class _Move:
     def undo(self) -> None:
         self.p.copy_(self.old)
 
+    @torch.no_grad()
+    def slope(self) -> float:
+        """The share of φ'(scale): along this move, with the gradient that the closure has left."""
+        if self.p.grad is None:
+            return 0.0
+        g, now = self.g.to_dense(), self.sign * self.p.grad.to_dense()
+        return -self.lr * float((g.conj() * now).real.sum(dtype=torch.float64))
+
 
 def _number(loss: Any) -> float:
     return loss.item() if isinstance(loss, Tensor) else float(loss)
@@ -201,17 +213,8 @@ def _squared_norm(g: Tensor) -> Tensor:
     return (values.abs() ** 2).sum(dtype=torch.float64)
 
 
-class _RNG:
-    """The state of the host's generator, and of those of the devices that hold parameters."""
-
-    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
-        devices = {p.device for group in param_groups for p in group["params"]}
-        self.host = torch.get_rng_state()
-        self.devices = {
-            d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type not in ("cpu", "meta")
-        }
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.host)
-        for device, state in self.devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+def _eps(loss: Any, moves: list[_Move]) -> float:
+    """The unit of rounding of a loss; of a number, that of the coarsest parameter."""
+    if isinstance(loss, Tensor):
+        return torch.finfo(loss.dtype).eps if loss.is_floating_point() else 0.0
+    return max((torch.finfo(move.p.dtype).eps for move in moves), default=0.0)

@@ -12,32 +12,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import torchcalc.testing
 from torchcalc.testing.registry import CHECKS, Kind
 from torchcalc.testing.report import Report
 
 
+def said(error: BaseException) -> str:
+    """The error's kind and message in one line.
+
+    >>> said(SyntaxError("invalid syntax", ("f.py", 1, 7, "def f(:")))
+    'SyntaxError: invalid syntax (f.py, line 1)'
+    """
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def load(path: str) -> Any:
-    """The object that package.module:name (or a longer path after the colon) says.
+    """The object that package.module:name (or a longer path after the colon) says; it can be called.
 
     Raises:
-        ValueError: there is no such module or name.
+        ValueError: there is no such module or name, the module fails at its import, or what it names cannot be called.
     """
     module, _, name = path.partition(":")
-    if not name:
+    if not module or not name:
         raise ValueError(f"{path!r} is not of the form package.module:name")
     try:
         found: Any = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # whatever the module does at its import
+        raise ValueError(f"cannot import {module!r}: {said(error)}") from error
+    try:
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except AttributeError as error:
         raise ValueError(f"cannot find {path!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{path!r} is a {type(found).__name__}, which cannot be called")
     return found
 
 
 def example(text: str, seed: int) -> Tensor:
-    """A tensor from "3,4" (normal), "3,4:uniform" (between 0 and 1) or "5:classes=3" (int64, 0 to 2).
+    """A tensor from "3,4" (normal; "" for a number), "3,4:uniform" (between 0 and 1) or "5:classes=3" (int64, 0 to 2).
 
     Raises:
         ValueError: the text is none of these.
@@ -48,13 +64,15 @@ def example(text: str, seed: int) -> Tensor:
     sizes, _, kind = text.partition(":")
     generator = torch.Generator().manual_seed(seed)
     try:
-        shape = [int(n) for n in sizes.split(",") if n]
+        shape = [int(n) for n in sizes.split(",")] if sizes else []
+        if min(shape, default=0) < 0:
+            raise ValueError
         if kind in ("", "normal"):
             return torch.randn(shape, generator=generator)
         if kind == "uniform":
             return torch.rand(shape, generator=generator)
         name, _, count = kind.partition("=")
-        if name == "classes":
+        if name == "classes" and int(count) > 0:
             index = torch.arange(math.prod(shape)) % int(count)  # every class, as far as they go
             return index[torch.randperm(len(index), generator=generator)].reshape(shape)
     except ValueError:
@@ -72,12 +90,22 @@ def kind_of(subject: Any) -> Kind:
     return "loss" if "loss" in name.lower() or "entropy" in name.lower() else "function"
 
 
-def called(subject: Any) -> Any:
-    """What can be called: the apply of a Function class, an instance of a module class."""
-    apply = getattr(subject, "apply", None)
-    if isinstance(subject, type) and apply is not None and not issubclass(subject, nn.Module):
-        return apply
-    return subject() if isinstance(subject, type) and issubclass(subject, nn.Module) else subject
+def instance(path: str, subject: Any) -> Any:
+    """What takes tensors: the apply of a Function class, an instance of a module class.
+
+    Raises:
+        ValueError: the module class needs arguments.
+    """
+    if not isinstance(subject, type):
+        return subject
+    if not issubclass(subject, nn.Module):
+        return getattr(subject, "apply", subject)
+    try:
+        return subject()
+    except Exception as error:
+        raise ValueError(
+            f"{path}() raises {said(error)}; make an instance in a module of yours, and name that"
+        ) from error
 
 
 def examples(kind: Kind, texts: Sequence[str]) -> list[Tensor]:
@@ -89,6 +117,29 @@ def examples(kind: Kind, texts: Sequence[str]) -> list[Tensor]:
 
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
+
+
+def indices(text: str) -> list[int]:
+    try:
+        return [int(i) for i in text.split(",")]
+    except ValueError:
+        raise ValueError(f'--wrt {text}: give the inputs\' numbers from 0 on, as in "0,2"') from None
+
+
+def try_it(name: str, subject: Any, inputs: Sequence[Tensor]) -> None:
+    """Call it once, with copies: it may write to its inputs, and the checks find that out.
+
+    Raises:
+        ValueError: it refuses these inputs, or returns no tensor.
+    """
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            output = subject(*(tensor.clone() for tensor in inputs))
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name} raises on inputs of shape {shapes}: {said(error)}; give others by --input") from error
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
+        raise ValueError(f"{name} returns no tensor but {type(output).__name__}: there is nothing to differentiate")
 
 
 def listing(kind: Kind | None) -> str:
@@ -106,18 +157,24 @@ def check(options: argparse.Namespace) -> Report:
         return torchcalc.testing.check_optimizer(
             subject, reference, include=include, exclude=exclude, compile=options.compile
         )
+    subject, inputs = instance(options.subject, subject), examples(kind, options.input)
+    try_it(options.subject, subject, inputs)
+    if reference is not None:
+        reference = instance(options.reference, reference)
+        try_it(options.reference, reference, inputs)
     run = torchcalc.testing.check_loss if kind == "loss" else torchcalc.testing.check_function
     return run(
-        called(subject), *examples(kind, options.input), reference=called(reference) if reference else None,
-        wrt=[int(i) for i in options.wrt.split(",")] if options.wrt else None,
+        subject, *inputs, reference=reference, wrt=indices(options.wrt) if options.wrt else None,
         include=include, exclude=exclude, compile=options.compile, name=options.subject,
     )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0 without errors in the report, 1 with some, 2 where there is nothing to check."""
+    """The command line; returns 0 without errors in the report, 1 with some, 2 where it could not check."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchcalc.testing", description="Say whether a function, loss or optimizer is right."
+        prog="python -m torchcalc.testing",
+        description="Say whether a function, loss or optimizer is right.",
+        epilog="Exit status: 0 if it is, 1 if the report has errors, 2 if nothing could be checked.",
     )
     parser.add_argument("subject", nargs="?", help="package.module:name of a function, Function, module or optimizer")
     parser.add_argument(
@@ -146,8 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(Path.cwd()))
     try:
         report = check(options)
-    except (ValueError, RuntimeError, TypeError) as error:
-        print(f"torchcalc.testing: {error}", file=sys.stderr)
+    except (Exception, SystemExit) as error:  # 1 would say that the subject is wrong
+        text = " ".join(str(error).split()) if isinstance(error, ValueError) else said(error)
+        print(f"torchcalc.testing: {text}", file=sys.stderr)
         return 2
     print(report.json() if options.json else report)
     return 0 if report else 1

@@ -10,19 +10,22 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
-#include <torch/headeronly/version.h>
 #include <torch/library.h>
 
 #include <cstring>
 
 #include "../pointwise.h"
+#include "gpu.h"
 
 namespace {
 
@@ -52,10 +55,10 @@ bool number_of(at::ScalarType type, Number& number) {
   }
 }
 
-// Dense memory of this process that a kernel may read, with nothing of torch's left to be done to it.
+// Numbers in memory that a kernel may read, with nothing of torch's left to be done to them.
 bool is_plain(const Tensor& x) {
   Number number;
-  return x.device().is_cpu() && x.layout() == at::kStrided && number_of(x.scalar_type(), number) && !x.is_neg() &&
+  return (x.device().is_cpu() || x.device().is_cuda()) && x.layout() == at::kStrided && number_of(x.scalar_type(), number) && !x.is_neg() &&
       !x._is_zerotensor() && !at::isTensorSubclassLike(x);
 }
 
@@ -80,6 +83,71 @@ bool is_one_number(const Tensor& x) {
 }
 
 bool is_one_number(const Tensor& x, const Tensor& like) { return x.sizes() == like.sizes() && is_one_number(x); }
+
+// The number of a formula, in the order of the table.
+int64_t place_of(const Formula& formula) { return &formula - table->formulas; }
+
+// On a GPU: one launch over tensors that are dense, alike, of one dtype and aligned; undefined where there is none for them.
+Tensor launched(
+    const Formula& formula, int kind, at::ArrayRef<Tensor> arguments, const double* scale, at::ArrayRef<double> numbers) {
+  torchcalc::Gpu& gpu = torchcalc::Gpu::instance();
+  const Tensor* like = nullptr;
+  for (const Tensor& x : arguments) {
+    if (x.defined() && !like && (x.dim() > 0 || scale == nullptr)) like = &x;
+  }
+  if (!like) like = std::find_if(arguments.begin(), arguments.end(), [](const Tensor& x) { return x.defined(); });
+  const at::ScalarType type = like->scalar_type();
+  if (!like->is_non_overlapping_and_dense() || !torchcalc::Gpu::is_current(*like)) return {};
+  c10::SmallVector<void*, max_inputs + 3> pointers;
+  for (size_t k = 0; k < arguments.size(); ++k) {
+    const Tensor& x = arguments[k];
+    if (!x.defined()) continue;
+    const bool one = scale != nullptr && k == 0;  // the gradient of a reduced loss
+    if (x.scalar_type() != type || x.device() != like->device() || !torchcalc::Gpu::is_aligned(x)) return {};
+    if (one ? x.numel() != 1 : !lies_like(x, *like)) return {};
+    pointers.push_back(const_cast<void*>(x.const_data_ptr()));
+  }
+  const auto launch = gpu.find(torchcalc::Gpu::key(place_of(formula), kind, type, like->device().index()), numbers);
+  if (!launch) return {};
+  Tensor out = at::empty_like(*like);
+  const int64_t n = out.numel();
+  if (n == 0) return out;
+  pointers.push_back(out.mutable_data_ptr());
+  gpu.run(*launch, (n + launch->block - 1) / launch->block, pointers, n, scale, type == at::kDouble);
+  return out;
+}
+
+// Σ value·scale in one launch or two, likewise.
+Tensor launched_total(const Formula& formula, TensorList inputs, double scale, at::ArrayRef<double> numbers) {
+  torchcalc::Gpu& gpu = torchcalc::Gpu::instance();
+  const Tensor& like = inputs[0];
+  const at::ScalarType type = like.scalar_type();
+  if (!like.is_non_overlapping_and_dense() || !torchcalc::Gpu::is_current(like) || like.numel() == 0) return {};
+  c10::SmallVector<void*, max_inputs + 3> pointers;
+  for (const Tensor& x : inputs) {
+    if (x.device() != like.device() || !lies_like(x, like) || !torchcalc::Gpu::is_aligned(x)) return {};
+    pointers.push_back(const_cast<void*>(x.const_data_ptr()));
+  }
+  const auto find = [&](int64_t place, int kind, at::ArrayRef<double> given) {
+    return gpu.find(torchcalc::Gpu::key(place, kind, type, like.device().index()), given);
+  };
+  const int64_t n = like.numel(), place = place_of(formula);
+  const auto whole = find(place, torchcalc::loss, numbers), part = find(place, torchcalc::partial, numbers);
+  const auto total = find(-1 & 0xFFFF, torchcalc::value, {});  // Σ of partial sums, the same for every formula
+  if (!whole || !part || !total) return {};
+  Tensor out = at::empty({}, like.options());
+  if (n <= whole->block) {
+    pointers.push_back(out.mutable_data_ptr());
+    gpu.run(*whole, 1, pointers, n, &scale, type == at::kDouble);
+    return out;
+  }
+  const int64_t programs = std::min((n + part->block - 1) / part->block, total->block);
+  const Tensor sums = at::empty({programs}, like.options().dtype(at::kDouble));
+  pointers.push_back(sums.mutable_data_ptr());
+  gpu.run(*part, programs, pointers, n, nullptr, type == at::kDouble);
+  gpu.run(*total, 1, {sums.mutable_data_ptr(), out.mutable_data_ptr()}, programs, &scale, true);
+  return out;
+}
 
 // kernel(arguments), where undefined arguments are those that it does not use; its result has the dtype given.
 Tensor compute(const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarType dtype, const double* numbers) {
@@ -149,6 +217,28 @@ c10::SmallVector<Tensor, max_inputs + 1> aligned(TensorList inputs, const std::o
 
 Operand operand_like(const Tensor& x, const Tensor& like) { return lies_like(x, like) ? flat(x) : operand(x, 0); }
 
+// Nodes are counted by themselves from torch 2.13 on, and by std::shared_ptr before.
+template <class N>
+inline constexpr bool counts_itself = std::is_base_of_v<c10::intrusive_ptr_target, N>;
+
+template <class N>
+auto make_node() {
+  if constexpr (counts_itself<N>) {
+    return c10::make_intrusive<N>();
+  } else {
+    return std::make_shared<N>();
+  }
+}
+
+template <class N>
+auto self_of(N* node) {
+  if constexpr (counts_itself<N>) {
+    return c10::intrusive_ptr<N>::reclaim_copy(node);
+  } else {
+    return node->shared_from_this();
+  }
+}
+
 // The gradient of a formula's inputs, in torch's graph.
 struct Backward : public Node {
   const Formula* formula = nullptr;
@@ -179,11 +269,7 @@ struct Backward : public Node {
     variable_list grads(static_cast<size_t>(n));
     const Tensor& g = incoming[0];
     if (!g.defined()) return grads;
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-    const auto self = c10::intrusive_ptr<Node>::reclaim_copy(this);
-#else
-    const auto self = getptr();
-#endif
+    const auto self = self_of(static_cast<Node*>(this));
     Tensor arguments[max_inputs + 2];
     bool plain = is_plain(g);
     for (int i = 0; i < n; ++i) {
@@ -193,6 +279,7 @@ struct Backward : public Node {
     Tensor weight;
     if (has_weight) plain &= is_plain(weight = saved_weight.unpack(self));
     if (!plain || at::GradMode::is_enabled()) return differentiable(g, arguments, weight);
+    if (g.is_cuda()) return on_gpu(g, arguments);
 
     Tensor wide;  // of a weighted loss without reduction
     if (reduction == none && has_weight) wide = g.to(at::promote_types(g.scalar_type(), at::kFloat)).mul(weight);
@@ -218,24 +305,49 @@ struct Backward : public Node {
     return grads;
   }
 
+  variable_list on_gpu(const Tensor& g, const Tensor* arguments) {
+    const int n = formula->inputs;
+    const double scale = 1 / divisor;
+    variable_list grads(static_cast<size_t>(n));
+    for (int i = 0; i < n; ++i) {
+      if (!task_should_compute_output(static_cast<size_t>(i))) continue;
+      Tensor used[max_inputs + 2];
+      for (int k = 1; k < n + 2; ++k) {
+        if (formula->product[i].uses >> k & 1) used[k] = arguments[k];
+      }
+      const Tensor* const like = std::find_if(used + 1, used + n + 2, [](const Tensor& x) { return x.defined(); });
+      used[0] = g;
+      if (like != used + n + 2 && reduction == none && (!lies_like(g, *like) || !torchcalc::Gpu::is_aligned(g))) {
+        used[0] = at::empty_like(*like).copy_(g);
+      }
+      const int kind = (reduction == none ? torchcalc::product : torchcalc::loss_product) + i;
+      Tensor& grad = grads[static_cast<size_t>(i)];
+      grad = launched(*formula, kind, at::ArrayRef<Tensor>(used, n + 2), reduction == none ? nullptr : &scale, numbers);
+      if (!grad.defined()) return differentiable(g, arguments, {});
+    }
+    return grads;
+  }
+
+  // That of all inputs together; a slope may use fewer.
+  std::vector<int64_t> size_of_loss(const Tensor& weight) const {
+    std::vector<int64_t> size(sizes[0].begin(), sizes[0].end());
+    for (const auto& s : sizes) size = at::infer_size(size, at::IntArrayRef(s));
+    return weight.defined() ? at::infer_size(size, weight.sizes()) : size;
+  }
+
   // g·weight/divisor·slope, where g is one number.
   Tensor spread(const Kernel& kernel, const Tensor& g, const Tensor& weight, Tensor* used, at::ScalarType dtype) {
     const int count = formula->inputs + 2;
     c10::SmallVector<Tensor, max_inputs + 1> inputs(used + 1, used + count);
-    const Tensor* like = nullptr;
-    bool alike = true;
+    const Tensor* like = weight.defined() ? &weight : nullptr;
     for (const Tensor& x : inputs) {
-      if (!x.defined()) continue;
-      if (!like) like = &x;
+      if (!like && x.defined()) like = &x;
     }
-    alike = like->is_non_overlapping_and_dense();
-    for (const Tensor& x : inputs) alike &= !x.defined() || lies_like(x, *like);
-    alike &= !weight.defined() || lies_like(weight, *like);
+    const std::vector<int64_t> size = size_of_loss(weight);
+    bool alike = like && like->sizes() == at::IntArrayRef(size) && like->is_non_overlapping_and_dense();
+    for (const Tensor& x : inputs) alike = alike && (!x.defined() || lies_like(x, *like));
     Tensor w = weight;
     if (!alike) {
-      std::vector<int64_t> size = like->sizes().vec();
-      for (const Tensor& x : inputs) size = x.defined() ? at::infer_size(size, x.sizes()) : size;
-      if (w.defined()) size = at::infer_size(size, w.sizes());
       for (Tensor& x : inputs) x = x.defined() ? x.expand(size).contiguous() : x;
       if (w.defined()) w = w.expand(size).contiguous();
     }
@@ -253,8 +365,8 @@ struct Backward : public Node {
     for (int k = 1; k < count; ++k) {
       if (inputs[k - 1].defined()) in[k] = flat(inputs[k - 1]);
     }
-    const Tensor& first = *std::find_if(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.defined(); });
-    Tensor out = at::detail::empty_strided_cpu(first.sizes(), first.strides(), dtype);
+    Tensor out = alike ? at::detail::empty_strided_cpu(like->sizes(), like->strides(), dtype)
+                       : at::detail::empty_cpu(at::IntArrayRef(size), dtype);
     table->apply(kernel, out.numel(), in, count, factor, flat(out), numbers.data(), false);
     return out;
   }
@@ -267,6 +379,7 @@ struct Backward : public Node {
       g = g.to(at::promote_types(g.scalar_type(), at::kFloat));
       if (divisor != 1) g = g.div(divisor);
       if (has_weight) g = g.mul(weight);
+      g = g.expand(size_of_loss(weight));
     }
     c10::List<std::optional<Tensor>> known;
     for (int k = 1; k < n + 2; ++k) {
@@ -295,13 +408,13 @@ bool takes(const Formula& formula, TensorList inputs, at::ScalarType& dtype) {
   if (static_cast<int>(inputs.size()) != formula.inputs) return false;
   dtype = inputs[0].scalar_type();
   for (const Tensor& x : inputs) {
-    if (!is_plain(x) || x.scalar_type() != dtype) return false;
+    if (!is_plain(x) || x.scalar_type() != dtype || x.device() != inputs[0].device()) return false;
   }
-  return true;
+  return inputs[0].is_cpu() || torchcalc::Gpu::instance().is_ready();
 }
 
-c10::intrusive_ptr<Backward> node_of(const Formula& formula, TensorList inputs, at::ArrayRef<double> numbers) {
-  auto node = c10::make_intrusive<Backward>();
+auto node_of(const Formula& formula, TensorList inputs, at::ArrayRef<double> numbers) {
+  auto node = make_node<Backward>();
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
   node->formula = &formula;
   node->numbers.assign(numbers.begin(), numbers.end());
@@ -337,14 +450,41 @@ std::optional<Tensor> elementwise(int64_t place, TensorList inputs, at::ArrayRef
   Tensor out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    out = compute(formula.value, inputs, dtype, numbers.data());
+    out = inputs[0].is_cuda() ? launched(formula, torchcalc::value, inputs, nullptr, numbers)
+                              : compute(formula.value, inputs, dtype, numbers.data());
   }
+  if (!out.defined()) return std::nullopt;
   if (recorded) {
     auto node = node_of(formula, inputs, numbers);
     torch::autograd::set_history(out, node);
     if (node->has_y) node->saved_y = SavedVariable(out, true);
   }
   return out;
+}
+
+// On CPU: the reduced loss, and the number that its mean is divided by.
+double total_of(
+    const Formula& formula, TensorList inputs, const std::optional<Tensor>& weight, at::ArrayRef<double> numbers,
+    Reduction reduction, bool by_weight, at::ScalarType dtype, Tensor& out) {
+  const auto all = aligned(inputs, weight);
+  Operand in[max_inputs + 1], w;
+  for (int i = 0; i < formula.inputs; ++i) in[i] = operand_like(all[i], all[0]);
+  if (weight) w = operand_like(all.back(), all[0]);
+  const int64_t n = all[0].numel();
+  double total = table->total(formula.value, n, in, formula.inputs, weight ? &w : nullptr, numbers.data());
+  double divisor = 1;
+  if (reduction == mean) {
+    const Tensor once = weight ? weight->contiguous() : Tensor();  // the weights as they were given, each once
+    divisor = weight && by_weight ? table->sum(once.numel(), flat(once)) : static_cast<double>(n);
+    total = total / divisor;
+  }
+  out = at::detail::empty_cpu({}, dtype);
+  if (dtype == at::kFloat) {
+    *out.mutable_data_ptr<float>() = static_cast<float>(total);
+  } else {
+    out.fill_(total);
+  }
+  return divisor;
 }
 
 std::optional<Tensor> reduced(
@@ -365,21 +505,13 @@ std::optional<Tensor> reduced(
   double divisor = 1;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto all = aligned(inputs, weight);
-    Operand in[max_inputs + 1], w;
-    for (int i = 0; i < formula.inputs; ++i) in[i] = operand_like(all[i], all[0]);
-    if (weight) w = operand_like(all.back(), all[0]);
-    const int64_t n = all[0].numel();
-    double total = table->total(formula.value, n, in, formula.inputs, weight ? &w : nullptr, numbers.data());
-    if (reduction == mean) {
-      divisor = weight && by_weight ? table->sum(n, w) : static_cast<double>(n);
-      total = total / divisor;
-    }
-    out = at::detail::empty_cpu({}, dtype);
-    if (dtype == at::kFloat) {
-      *out.mutable_data_ptr<float>() = static_cast<float>(total);
+    if (inputs[0].is_cuda()) {
+      if (weight) return std::nullopt;
+      if (reduction == mean) divisor = static_cast<double>(inputs[0].numel());
+      out = launched_total(formula, inputs, 1 / divisor, numbers);
+      if (!out.defined()) return std::nullopt;
     } else {
-      out.fill_(total);
+      divisor = total_of(formula, inputs, weight, numbers, reduction, by_weight, dtype, out);
     }
   }
   if (recorded) {
@@ -483,6 +615,34 @@ PyObject* py_find(PyObject*, PyObject* args) {
   return PyLong_FromLong(-1);
 }
 
+// enter_launch(place, kind, dtype, device, function, threads, shared, block, parameters, numbers)
+PyObject* py_enter_launch(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  long long place, function, block;
+  int kind, device;
+  unsigned threads, shared;
+  PyObject *dtype, *given, *numbers;
+  if (!PyArg_ParseTuple(
+          args, "LiOiLIILOO", &place, &kind, &dtype, &device, &function, &threads, &shared, &block, &given, &numbers)) {
+    return nullptr;
+  }
+  torchcalc::Launch launch;
+  launch.function = reinterpret_cast<void*>(function);
+  launch.threads = threads;
+  launch.shared = shared;
+  launch.block = block;
+  const auto read = [](PyObject* tuple, std::vector<double>& to) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) to.push_back(PyFloat_AsDouble(PyTuple_GetItem(tuple, i)));
+    if (PyErr_Occurred()) throw python_error();
+  };
+  read(given, launch.given);
+  read(numbers, launch.numbers);
+  const at::ScalarType type = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
+  torchcalc::Gpu::instance().enter(torchcalc::Gpu::key(place & 0xFFFF, kind, type, device), std::move(launch));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 // connect(address of the other library's table)
 PyObject* py_connect(PyObject*, PyObject* address) {
   table = static_cast<const torchcalc::Table*>(PyLong_AsVoidPtr(address));
@@ -495,6 +655,7 @@ PyMethodDef methods[] = {
     {"reduced", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_reduced)), METH_FASTCALL, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},
     {"connect", py_connect, METH_O, nullptr},
+    {"enter_launch", py_enter_launch, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "torchcalc_nodes", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

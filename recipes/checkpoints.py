@@ -1,0 +1,59 @@
+"""The checkpoint that ``--ckpt_path`` names: found, and known to fit before anything is written."""
+
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from torch import nn
+
+from recipes.errors import fail
+
+WORDS = ("best", "last")  # of the newest run that has checkpoints
+
+
+def newest(folder: Path, word: str) -> Path | None:
+    """The best or last checkpoint of the newest run in ``folder``: the file of that name, or else the newest file."""
+    files = sorted(folder.glob("*/checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime)
+    files = [file for file in files if file.parent == files[-1].parent]
+    return next((file for file in files if file.stem == word), files[-1]) if files else None
+
+
+def find(given: str, folder: Path) -> Path:
+    """The file that ``--ckpt_path`` means, where ``folder`` holds the recipe's runs."""
+    path = newest(folder, given) if given in WORDS else Path(given)
+    if path is None:
+        fail(f"ckpt_path: {given!r} is that of the newest run, but no run in {str(folder)!r} has a checkpoint")
+    if not path.is_file():
+        fail(f"ckpt_path: there is no file {str(path)!r}")
+    return path
+
+
+def read(path: Path, recipe: str, weights_only: bool) -> dict[str, Any]:
+    """The checkpoint's content, if it is one of Lightning's, and this recipe's as far as it says whose it is."""
+    if not is_zipfile(path):
+        fail(f"ckpt_path: {str(path)!r} is no checkpoint, or was cut short")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:  # whatever unpickling it does
+        if "Unsupported global" in str(error):
+            fail(f"ckpt_path: {str(path)!r} holds more than tensors and numbers; if you trust it: --weights_only=false")
+        fail(f"ckpt_path: {str(path)!r} is no checkpoint: {type(error).__name__}: {' '.join(str(error).split())}")
+    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
+        fail(f"ckpt_path: {str(path)!r} is no checkpoint of Lightning; those of a run lie in its folder checkpoints")
+    if (other := checkpoint.get("recipe", recipe)) != recipe:
+        fail(f"ckpt_path: {str(path)!r} is of the recipe {other!r}, and this is {recipe!r}")
+    return checkpoint
+
+
+def compare(path: Path, checkpoint: dict[str, Any], model: nn.Module) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model, in one line that names the first difference."""
+    saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+    here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [name for name in dict.fromkeys([*here, *saved]) if saved.get(name) != here.get(name)]
+    if wrong:
+        there, ours = (f"of shape {of[wrong[0]]}" if wrong[0] in of else "missing" for of in (saved, here))
+        fail(
+            f"ckpt_path: {wrong[0]} is {there} in {str(path)!r}, and {ours} in this model; {len(wrong)} of {len(here)} "
+            "tensors differ: leave the model's settings as they were"
+        )

@@ -1,0 +1,111 @@
+// Kernels on a GPU: Triton has compiled them, Python has told their handles, and they are launched here by the driver itself.
+// A launch from Python costs 20 µs and more with what is around it, as much as all of torch's call.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Stream.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
+
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace torchcalc {
+
+// Which kernel of a formula: its value, its sum over all elements in one program or in several, the gradient of an input
+// (product + i), and that of a reduced loss (loss_product + i).
+enum Kind : int { value = 0, loss = 1, partial = 2, product = 8, loss_product = 16 };
+
+struct Launch {
+  void* function = nullptr;  // CUfunction
+  unsigned threads = 0, shared = 0;
+  int64_t block = 0;           // elements of a program
+  std::vector<double> given;   // the formula's parameters that `numbers` were made from
+  std::vector<double> numbers; // what its elements use, computed from them
+};
+
+class Gpu {
+ public:
+  // All kernels of the process; never destroyed.
+  static Gpu& instance() {
+    static Gpu* const the = new Gpu;
+    return *the;
+  }
+
+  static uint64_t key(int64_t place, int kind, at::ScalarType type, int device) {
+    return (static_cast<uint64_t>(place) << 24) | (static_cast<uint64_t>(kind) << 16) |
+        (static_cast<uint64_t>(type) << 8) | static_cast<uint64_t>(device);
+  }
+
+  void enter(uint64_t key, Launch launch) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    launches_[key].push_back(std::make_shared<const Launch>(std::move(launch)));
+  }
+
+  // The kernel with these parameters; null if Python has not told it.
+  std::shared_ptr<const Launch> find(uint64_t key, at::ArrayRef<double> parameters) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = launches_.find(key);
+    if (found == launches_.end()) return nullptr;
+    for (const auto& launch : found->second) {
+      if (parameters.equals(launch->given)) return launch;
+    }
+    return nullptr;
+  }
+
+  // Whether tensors of this device can be launched on now: it is the current one.
+  static bool is_current(const at::Tensor& x) {
+    const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+    return guard.getDevice().index() == x.device().index();
+  }
+
+  static bool is_aligned(const at::Tensor& x) { return (reinterpret_cast<uintptr_t>(x.const_data_ptr()) & 15) == 0; }
+
+  // kernel(pointers..., n, [scale,] numbers...) on the current stream. `as_double`: the type of the numbers.
+  void run(
+      const Launch& launch, int64_t programs, at::ArrayRef<void*> pointers, int64_t n, const double* scale,
+      bool as_double) const {
+    constexpr size_t most = 32;
+    void* arguments[most];
+    void* data[most];
+    float singles[most];
+    size_t count = 0;
+    for (void* p : pointers) {
+      data[count] = p;
+      arguments[count] = &data[count];
+      ++count;
+    }
+    arguments[count++] = &n;
+    if (scale) arguments[count++] = const_cast<double*>(scale);
+    for (size_t i = 0; i < launch.numbers.size(); ++i) {
+      singles[i] = static_cast<float>(launch.numbers[i]);
+      arguments[count++] = as_double ? static_cast<void*>(const_cast<double*>(&launch.numbers[i])) : &singles[i];
+    }
+    void* nothing = nullptr;  // Triton's own scratch memory, of which these kernels need none
+    for (int i = 0; i < 2; ++i) arguments[count++] = &nothing;
+    const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+    const c10::Stream stream = guard.getStream(guard.getDevice());
+    const int status = launch_kernel_(
+        launch.function, static_cast<unsigned>(programs), 1, 1, launch.threads, 1, 1, launch.shared,
+        stream.native_handle(), arguments, nullptr);
+    TORCH_CHECK(status == 0, "torchcalc: the launch of a kernel failed with the CUDA driver's error ", status);
+  }
+
+  // Whether the driver is there.
+  bool is_ready() const { return launch_kernel_ != nullptr; }
+
+ private:
+  Gpu() {
+    if (void* driver = dlopen("libcuda.so.1", RTLD_NOW)) {
+      launch_kernel_ = reinterpret_cast<decltype(launch_kernel_)>(dlsym(driver, "cuLaunchKernel"));
+    }
+  }
+
+  int (*launch_kernel_)(
+      void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**) = nullptr;
+  std::mutex mutex_;
+  std::unordered_map<uint64_t, std::vector<std::shared_ptr<const Launch>>> launches_;
+};
+
+}  // namespace torchcalc
