@@ -134,8 +134,8 @@ def stream(device: torch.device) -> int:
     return number
 
 
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
+def capturing(device: torch.device | None = None) -> bool:
+    """Whether a CUDA graph is being captured, by the current stream."""
     return not INTERPRETED and torch.cuda.is_current_stream_capturing()
 
 
