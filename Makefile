@@ -56,10 +56,13 @@ bench: $(VENV)/.built ## stock and torchcalc side by side (ARGS=--quick: under a
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # On whatever machine has the GPU, with the Python there: nothing is installed.
+# The nodes, which launch kernels, are built where a compiler is: half a minute, the first time.
 test-cuda: ## the tests that a GPU can run, with $(PYTHON)'s own torch, Triton and pytest; under four minutes
+	$(PYTHON) -m torchcalc.native.build
 	$(PYTHON) -m tests.cuda $(ARGS)
 
 bench-cuda: ## stock and torchcalc side by side on a GPU, likewise
+	$(PYTHON) -m torchcalc.native.build
 	$(PYTHON) -m benchmarks.cuda $(ARGS)
 
 gallery: $(VENV)/.built ## the README's pictures: runs three recipes, photographs TensorBoard with Chromium
