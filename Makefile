@@ -58,12 +58,12 @@ bench: $(VENV)/.built ## stock and torchcalc side by side (ARGS=--quick: under a
 # On whatever machine has the GPU, with the Python there: nothing is installed.
 # The nodes, which launch kernels, are built where a compiler is: half a minute, the first time.
 test-cuda: ## the tests that a GPU can run, with $(PYTHON)'s own torch, Triton and pytest; under four minutes
-	$(PYTHON) -m torchcalc.native.build
-	$(PYTHON) -m tests.cuda $(ARGS)
+	@$(PYTHON) -c 'from torchcalc.native.build import build_what_is_missing; build_what_is_missing()'
+	@$(PYTHON) -m tests.cuda $(ARGS)
 
 bench-cuda: ## stock and torchcalc side by side on a GPU, likewise
-	$(PYTHON) -m torchcalc.native.build
-	$(PYTHON) -m benchmarks.cuda $(ARGS)
+	@$(PYTHON) -c 'from torchcalc.native.build import build_what_is_missing; build_what_is_missing()'
+	@$(PYTHON) -m benchmarks.cuda $(ARGS)
 
 gallery: $(VENV)/.built ## the README's pictures: runs three recipes, photographs TensorBoard with Chromium
 	$(BIN)/python -m recipes.gallery $(ARGS)
