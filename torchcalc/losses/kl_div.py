@@ -27,7 +27,7 @@ __all__ = ["KLDivLoss", "kl_div"]
 
 
 def value(x: Term, t: Term) -> Term:
-    return times(t, t.log() - x)
+    return times(t, t.log()) - times(t, x)  # not t·(log t - x): ∞ - ∞
 
 
 def slope_x(t: Term) -> Term:
@@ -39,7 +39,8 @@ def slope_t(x: Term, t: Term) -> Term:
 
 
 def log_value(x: Term, u: Term) -> Term:
-    return times(u.exp(), u - x)
+    p = u.exp()
+    return times(p, u) - times(p, x)
 
 
 def log_slope_x(u: Term) -> Term:
@@ -47,7 +48,8 @@ def log_slope_x(u: Term) -> Term:
 
 
 def log_slope_u(x: Term, u: Term) -> Term:
-    return times(u.exp(), u - x + 1)  # (2)
+    p = u.exp()
+    return times(p, u) - times(p, x) + p  # (2)
 
 
 _kl_div = loss("KLDivLoss", value, slope_x, slope_t)
