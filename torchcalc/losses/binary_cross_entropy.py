@@ -29,6 +29,7 @@ Reference: Cox 1958, "The regression analysis of binary sequences", doi:10.1111/
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,9 @@ def probability_slope_t(q: Term) -> Term:
 
 
 def torch_value(q: Tensor, t: Tensor, reduction: int) -> Tensor:
-    return torch._C._nn.binary_cross_entropy(q, t, None, reduction)  # the kernel below F.binary_cross_entropy
+    kernel: Any = torch._C._nn.binary_cross_entropy  # below F.binary_cross_entropy; it takes the number
+    result: Tensor = kernel(q, t, None, reduction)
+    return result
 
 
 _bce_of_probabilities = loss(

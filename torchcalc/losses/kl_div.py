@@ -94,7 +94,8 @@ def kl_div(
     >>> print(f"{loss.item():.4f}", prediction.grad)
     0.6931 tensor([[-1., -0.]])
     """
-    if size_average is None and reduce is None and reduction == "mean":
+    # torch.compile would refuse the warning where it must not break the graph.
+    if size_average is None and reduce is None and reduction == "mean" and not torch.compiler.is_compiling():
         warnings.warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
