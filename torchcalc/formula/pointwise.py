@@ -204,7 +204,9 @@ def pointwise(
 
 def _function(formula: Formula, autocast: Autocast, *methods: Callable[..., Any]) -> Callable[..., Tensor]:
     members = {f.__name__: staticmethod(f) for f in methods}
-    return type(formula.name, (Function,), {"autocast": autocast, **members}).apply
+    made: Any = type(formula.name, (Function,), {"autocast": autocast, **members})
+    function: Callable[..., Tensor] = made.apply
+    return function
 
 
 def gradients(
