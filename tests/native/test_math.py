@@ -1,6 +1,6 @@
 """The functions of csrc/math.h, through kernels: over all scales, against mpmath.
 
-Where torch has the function our error is at most 1.5 units in the last place, or torch's; special numbers are exact.
+The error is at most 1.5 units in the last place, or torch's where that is less than 4; special numbers are exact.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor
     "erfc": (
         lambda x: ours.gelu(x),
         torch.nn.functional.gelu,
-        lambda x: x * mpmath.erfc(-x / mpmath.sqrt(2)) / 2,
+        lambda x: x * mpmath.erfc(-x / mpmath.sqrt(2)) / 2 if abs(x) < 99 else max(x, 0),
         (-6, 6),
     ),
     "abs": (ours.abs, torch.abs, abs, (-1, 1)),
@@ -74,14 +74,14 @@ def errors(y: Tensor, x: Tensor, truth: Callable[[Any], Any]) -> Tensor:
     found = []
     with mpmath.workdps(60):
         for a, b in zip(x.tolist(), y.tolist(), strict=True):
-            t = truth(mpmath.mpf(a))
+            t = mpmath.mpmathify(truth(mpmath.mpf(a)))
             if isinstance(t, mpmath.mpc):
                 assert b != b
                 continue
             if abs(t) > info.max:
                 assert b == (inf if t > 0 else -inf) or abs(b) == info.max
                 continue
-            exponent = max(mpmath.frexp(t)[1] - bits, -149 if bits == 24 else -1074) if t else -149
+            exponent = max(mpmath.frexp(t)[1] - bits, -149 if bits == 24 else -1074) if t else -1074
             unit = mpmath.ldexp(1, exponent)
             found.append(float(abs(mpmath.mpf(b) - t) / unit))
     return torch.tensor(found)
@@ -97,7 +97,8 @@ def test_error(name: str, dtype: torch.dtype) -> None:
     )
     x = x[x > 0] if name == "log" else x[x <= 0] if name == "expm1" else x
     mine, theirs = errors(f(x), x, truth), errors(stock(x), x, truth)
-    assert mine.max() <= max(LOOSE.get(name, 1.5), theirs.max().item()), (mine.max(), theirs.max(), x[mine.argmax()])
+    bound = max(LOOSE.get(name, 1.5), min(theirs.max().item(), 4))
+    assert mine.max() <= bound, (mine.max(), theirs.max(), x[mine.argmax()])
 
 
 SPECIAL = {

@@ -198,7 +198,7 @@ TC_INLINE T tanh(T x) {
   const T a = magnitude(x), z = x * x;
   const T small = fma<Fma>(x * z, tanh_rest<Fma>(z), x);
   const T large = T(1) - T(2) / (T(1) + exp<Fma>(T(2) * a));  // of |x|
-  const T result = a < T(0.625) ? small : with_sign(large, x);
+  const T result = with_sign(a < T(0.625) ? small : large, x);  // the sum above makes 0 of −0
   return x != x ? x : result;
 }
 
