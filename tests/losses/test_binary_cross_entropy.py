@@ -1,9 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from tests.functions import table
 from torchcalc.functional import binary_cross_entropy, binary_cross_entropy_with_logits
+from torchcalc.testing import assert_function
 
 
 @table("binary_cross_entropy_with_logits")
@@ -109,3 +112,14 @@ def test_weighted_losses_of_halves_are_rounded_once(reduction):
     q, t, w = (torch.rand(500).half() * 0.9 + 0.05 for _ in range(3))
     truth = binary_cross_entropy(q.double(), t.double(), w.double(), reduction=reduction)
     assert binary_cross_entropy(q, t, w, reduction=reduction) == truth.half()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_the_report_of_probabilities(reduction):
+    """Against torch's, with its bounds at 0 and 1."""
+    torch.manual_seed(0)
+    q, t = torch.rand(3, 4) * 0.8 + 0.1, torch.rand(3, 4)
+    mine, theirs = (
+        partial(f, reduction=reduction) for f in (binary_cross_entropy, torch.nn.functional.binary_cross_entropy)
+    )
+    assert_function(mine, q, t, reference=theirs, wrt=(0,), name="binary_cross_entropy", progress=False)

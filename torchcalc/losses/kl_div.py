@@ -103,10 +103,12 @@ def kl_div(
             stacklevel=2,
         )
     reduction = resolve(reduction, size_average, reduce)
+    batch = input.size(0) if input.dim() else 1
+    if input.shape != target.shape:
+        target, input = torch.broadcast_tensors(target, input)  # in torch's order, for the message
     function = _kl_div_of_log if log_target else _kl_div
     if reduction != "batchmean":
         return function(input, target, None, reduction, False)
-    batch = input.size(0) if input.dim() else 1
     dtype = torch.promote_types(input.dtype, target.dtype)
     if autocasts(input) or dtype not in (torch.float16, torch.bfloat16):
         return function(input, target, None, "sum", False) / batch

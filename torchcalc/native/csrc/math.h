@@ -260,7 +260,12 @@ TC_INLINE T erfc_of_positive(T a) {
 template <bool Fma, class T>
 TC_INLINE T erfc(T x) {
   const T tail = erfc_of_positive<Fma>(magnitude(x));
-  return x < T(0) ? T(2) - tail : tail;
+  const T result = x < T(0) ? T(2) - tail : tail;
+  if constexpr (std::is_same_v<T, double>) {  // next to 0 the long polynomial is off by 5 units, and this by 1
+    const T near = fma<Fma>(-x, polynomial<Fma>(static_cast<T>(x * x), Erfc<T>::erf), T(1));
+    return magnitude(x) < T(0.5) ? near : result;
+  }
+  return result;
 }
 
 template <bool Fma, class T>
