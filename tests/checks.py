@@ -373,6 +373,8 @@ def applies(row: Row, check: Callable[[Row], None]) -> bool:
         return row.special is not None
     if check is half_precision:
         return row.half
+    if check is reported:
+        return row.reported
     if check in (autocast, autocast_of_cuda):
         return row.autocast
     return row.inductor if check is compiled_by_inductor else True

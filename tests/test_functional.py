@@ -3,12 +3,15 @@
 import ast
 import inspect
 import re
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 import torchcalc.functional as ours
+from tests.functions import ROWS
 from torchcalc import nn as our_nn
 
 F = torch.nn.functional
@@ -37,6 +40,21 @@ def test_signature(name):
     except ValueError:  # a builtin
         expected = documented(stock(name))
     assert parameters(getattr(ours, name)) == expected
+
+
+def test_every_function_has_its_rows_and_its_test_file():
+    tests = Path(__file__).parent
+    for name in ours.__all__:
+        *_, family, stem = getattr(ours, name).__module__.split(".")
+        assert f'@table("{name}")' in (tests / family / f"test_{stem}.py").read_text(), name
+    assert {row.name.split()[0] for row in ROWS} == set(ours.__all__)
+
+
+@pytest.mark.parametrize("name", our_nn.__all__)
+def test_every_module_stands_beside_its_function(name):
+    """A file of a family whose functions or modules are not in the index."""
+    public = {*ours.__all__, *our_nn.__all__}
+    assert set(sys.modules[getattr(our_nn, name).__module__].__all__) <= public
 
 
 def documented(f):

@@ -29,6 +29,7 @@ Reference: Cox 1958, "The regression analysis of binary sequences", doi:10.1111/
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from torch._C import _are_functorch_transforms_active
 from torchcalc.activations.softplus import log_1p_exp
 from torchcalc.formula import Term, loss, maximum, times, where
 from torchcalc.losses.reduction import resolve
+from torchcalc.promotion import autocasts
 
 __all__ = ["BCELoss", "BCEWithLogitsLoss", "binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
@@ -83,7 +85,9 @@ def probability_slope_t(q: Term) -> Term:
 
 
 def torch_value(q: Tensor, t: Tensor, reduction: int) -> Tensor:
-    return torch._C._nn.binary_cross_entropy(q, t, None, reduction)  # the kernel below F.binary_cross_entropy
+    kernel: Any = torch._C._nn.binary_cross_entropy  # below F.binary_cross_entropy; it takes the number
+    result: Tensor = kernel(q, t, None, reduction)
+    return result
 
 
 _bce_of_probabilities = loss(
@@ -142,10 +146,12 @@ def binary_cross_entropy_with_logits(
     if weight is not None and weight.shape != input.shape and not _expands(weight, input):
         input.detach().clone().mul_(weight)  # raises what torch raises
     if pos_weight is None:
-        return _bce(input, target, weight, reduction, False)
-    if not _expands(pos_weight, input):
-        pos_weight * input  # raises what torch raises, unless pos_weight is larger
-    return _weighted_bce(input, target, pos_weight.expand(input.shape), weight, reduction, False)
+        result = _bce(input, target, weight, reduction, False)
+    else:
+        if not _expands(pos_weight, input):
+            pos_weight * input  # raises what torch raises, unless pos_weight is larger
+        result = _weighted_bce(input, target, pos_weight.expand(input.shape), weight, reduction, False)
+    return result if input.dtype == target.dtype or autocasts(input) else result.to(target.dtype)  # as torch
 
 
 def _name(x: Tensor) -> str:

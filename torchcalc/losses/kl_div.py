@@ -27,7 +27,7 @@ __all__ = ["KLDivLoss", "kl_div"]
 
 
 def value(x: Term, t: Term) -> Term:
-    return times(t, t.log() - x)
+    return times(t, t.log()) - times(t, x)  # not t·(log t - x): ∞ - ∞
 
 
 def slope_x(t: Term) -> Term:
@@ -39,7 +39,8 @@ def slope_t(x: Term, t: Term) -> Term:
 
 
 def log_value(x: Term, u: Term) -> Term:
-    return times(u.exp(), u - x)
+    p = u.exp()
+    return times(p, u) - times(p, x)
 
 
 def log_slope_x(u: Term) -> Term:
@@ -47,7 +48,8 @@ def log_slope_x(u: Term) -> Term:
 
 
 def log_slope_u(x: Term, u: Term) -> Term:
-    return times(u.exp(), u - x + 1)  # (2)
+    p = u.exp()
+    return times(p, u) - times(p, x) + p  # (2)
 
 
 _kl_div = loss("KLDivLoss", value, slope_x, slope_t)
@@ -92,7 +94,8 @@ def kl_div(
     >>> print(f"{loss.item():.4f}", prediction.grad)
     0.6931 tensor([[-1., -0.]])
     """
-    if size_average is None and reduce is None and reduction == "mean":
+    # torch.compile would refuse the warning where it must not break the graph.
+    if size_average is None and reduce is None and reduction == "mean" and not torch.compiler.is_compiling():
         warnings.warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
@@ -100,10 +103,12 @@ def kl_div(
             stacklevel=2,
         )
     reduction = resolve(reduction, size_average, reduce)
+    batch = input.size(0) if input.dim() else 1
+    if input.shape != target.shape:
+        target, input = torch.broadcast_tensors(target, input)  # in torch's order, for the message
     function = _kl_div_of_log if log_target else _kl_div
     if reduction != "batchmean":
         return function(input, target, None, reduction, False)
-    batch = input.size(0) if input.dim() else 1
     dtype = torch.promote_types(input.dtype, target.dtype)
     if autocasts(input) or dtype not in (torch.float16, torch.bfloat16):
         return function(input, target, None, "sum", False) / batch

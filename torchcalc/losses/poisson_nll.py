@@ -20,6 +20,7 @@ Reference: Nelder, Wedderburn 1972, "Generalized linear models", doi:10.2307/234
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from torchcalc.formula import Term, loss, maximum, times, where
@@ -122,7 +123,6 @@ def poisson_nll_loss(
 
     Reference: Nelder, Wedderburn 1972, doi:10.2307/2344614.
 
-    >>> import torch
     >>> log_rate = torch.tensor([0.0], requires_grad=True)
     >>> loss = poisson_nll_loss(log_rate, torch.tensor([3.0]))
     >>> loss.backward()
@@ -133,6 +133,8 @@ def poisson_nll_loss(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction; use 'none', 'mean' or 'sum'")
     target = target if target.is_floating_point() else target.to(input.dtype)
+    if input.shape != target.shape:
+        target, input = torch.broadcast_tensors(target, input)  # in torch's order, for the message
     if log_input:
         return _of_log[bool(full)](input, target, None, reduction, False)
     return _of_rate[bool(full)](input, target, None, reduction, False, eps)
@@ -141,7 +143,6 @@ def poisson_nll_loss(
 class PoissonNLLLoss(nn.PoissonNLLLoss):
     """Module of :func:`poisson_nll_loss`, as ``torch.nn.PoissonNLLLoss``.
 
-    >>> import torch
     >>> PoissonNLLLoss(log_input=False, eps=0.0)(torch.tensor([1.0]), torch.tensor([3.0]))
     tensor(1.)
     """
