@@ -39,9 +39,7 @@ def adagrad(
 def adagrad_sparse(
     p: Tensor, g: Tensor, s: Tensor, *, t: Scalar, lr: Scalar, lr_decay: float, eps: float, weight_decay: float
 ) -> None:
-    if weight_decay != 0:
-        raise RuntimeError("weight_decay option is not compatible with sparse gradients; pass weight_decay=0")
-    g = g.coalesce()
+    g = g.coalesce()  # without weight decay: refused below
 
     def like_g(values: Tensor) -> Tensor:
         return torch.sparse_coo_tensor(g.indices(), values, g.size(), is_coalesced=True, check_invariants=False)
@@ -131,6 +129,11 @@ class Adagrad(Optimizer):
 
     def slots(self, group: dict[str, Any]) -> dict[str, str]:
         return {"s": "sum"}
+
+    def refuses_sparse(self, group: dict[str, Any]) -> str:
+        if group["weight_decay"] != 0:
+            return "weight_decay option is not compatible with sparse gradients; pass weight_decay=0"
+        return super().refuses_sparse(group)
 
     def new_slot(self, key: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
         start = group["initial_accumulator_value"]

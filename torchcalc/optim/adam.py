@@ -19,7 +19,7 @@ arXiv:1904.09237 (amsgrad; as torch does, the maximum is taken before the correc
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -104,6 +104,7 @@ class Adam(Optimizer):
     """
 
     rule = staticmethod(adam)
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "amsgrad": False, "decoupled_weight_decay": False}
     sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
     def __init__(

@@ -15,12 +15,12 @@ Reference: Dozat 2016, "Incorporating Nesterov momentum into Adam", ICLR worksho
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from torchcalc.optim.checks import check_at_least_zero, check_betas, check_one_element
-from torchcalc.optim.optimizer import Optimizer, ParamsT, new_scalar, read, to_scalar
+from torchcalc.optim.optimizer import Optimizer, ParamsT, read, to_scalar
 from torchcalc.optim.tensor_list import Scalar, Vector, add_product_, add_ratio_, add_scaled, as_real, average_
 
 __all__ = ["NAdam"]
@@ -85,6 +85,8 @@ class NAdam(Optimizer):
     """
 
     rule = staticmethod(nadam)
+    scalars: ClassVar[dict[str, float]] = {"step": 0.0, "mu_product": 1.0}
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "decoupled_weight_decay": False}
     sparse_error = "NAdam does not support sparse gradients"
     on_device = "params, mu_products and state_steps"
 
@@ -144,11 +146,13 @@ class NAdam(Optimizer):
     def advance(
         self, state: dict[str, Any], group: dict[str, Any], hyper: dict[str, Any], first: bool
     ) -> dict[str, Any]:
-        if "mu_product" not in state:
-            state["mu_product"] = new_scalar(1.0, state["exp_avg"], group)
         t = super().advance(state, group, hyper, first)["t"]
         psi = group["momentum_decay"]
         mu = hyper["b1"] * (1.0 - 0.5 * (0.96 ** (t * psi)))  # (2)
         mu_next = hyper["b1"] * (1.0 - 0.5 * (0.96 ** ((t + 1) * psi)))
-        state["mu_product"] *= mu
+        product = state["mu_product"]
+        if group["differentiable"]:
+            state["mu_product"] = (product * mu).to(product.dtype)
+        else:
+            product *= mu
         return {"t": t, "mu": mu, "mu_next": mu_next, "mu_product": read(state["mu_product"])}

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torchcalc.optim.checkpoint import load_state_dict
-from torchcalc.optim.checks import warn_of_misspelling
+from torchcalc.optim.checks import check_numbers, warn_of_misspelling
 from torchcalc.optim.extras import (
     NORMAL,
     Scaling,
@@ -84,15 +84,19 @@ class Optimizer(torch.optim.Optimizer):
     sparse_rule: ClassVar[Callable[..., None] | None] = None
     sparse_error: ClassVar[str] = ""
     counts_steps: ClassVar[bool] = True
+    #: State that is one number for each parameter, and what it starts from; there is none unless steps are counted.
+    scalars: ClassVar[dict[str, float]] = {"step": 0.0}
+    #: Hyperparameters that checkpoints of old torch lack, and what they meant: torch's ``__setstate__`` has them too.
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False}
     #: What capturable=True keeps on the device, in torch's words.
     on_device: ClassVar[str] = "params and state_steps"
     #: The kernel of the rule: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
     native: Callable[..., int] | None = None
 
     #: ‖g‖ over all parameters at the last step, before clipping; needs max_norm or skip_nonfinite.
-    grad_norm: float | Tensor | None = None
+    grad_norm: float | Tensor | None
     #: How many steps skip_nonfinite has left out.
-    skipped_steps: int = 0
+    skipped_steps: int
 
     def __init__(
         self,
@@ -112,6 +116,7 @@ class Optimizer(torch.optim.Optimizer):
                 "neither; leave them out, and clip by differentiable operations before the step"
             )
         self.max_norm, self.skip_nonfinite, self.rounding = max_norm, skip_nonfinite, rounding
+        self.grad_norm, self.skipped_steps = None, 0
         self._forget()
         super().__init__(params, defaults)
         if defaults.get("fused"):  # only then: with it Lightning refuses gradient_clip_val under 16-mixed
@@ -131,6 +136,10 @@ class Optimizer(torch.optim.Optimizer):
         """The rule's slots, and the state keys where they are kept."""
         raise NotImplementedError
 
+    def refuses_sparse(self, group: dict[str, Any]) -> str:
+        """Why the group takes no sparse gradient; "" if it does."""
+        return "" if self.sparse_rule else self.sparse_error
+
     def new_slot(self, key: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
         """A slot at its parameter's first step."""
         return torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -141,7 +150,10 @@ class Optimizer(torch.optim.Optimizer):
         """Count the step; return the rule's arguments that differ between parameters. first: the slots are new."""
         if not self.counts_steps:
             return {}
-        state["step"] += 1
+        if is_recorded(state["step"]):
+            state["step"] = state["step"] + 1
+        else:
+            state["step"] += 1
         return {"t": read(state["step"])}
 
     # The driver.
@@ -188,6 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plans: dict[tuple[int, bytes], Plan] = {}  # by group, and by which of its parameters have a gradient
         self._states: list[dict[str, Any]] = []  # each parameter's state: the very dicts that the plans read
         self._new_plans = False
+        self._fresh: dict[Tensor, list[str]] = {}  # keys of state that was made for the step that is under way
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_norm", "skip_nonfinite", "rounding", "grad_norm", "skipped_steps")
@@ -204,9 +217,18 @@ class Optimizer(torch.optim.Optimizer):
 
     @without_dynamo
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer or of its torch twin; see :mod:`torchcalc.optim.checkpoint`."""
-        load_state_dict(self, state_dict)
+    def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = True) -> None:
+        """Load a state dict of this optimizer or of its torch twin: by name where names are known, else in order.
+
+        Args:
+            state_dict: what ``state_dict()`` returned; it is copied.
+            strict: False: leave out what does not fit, with a warning that says what. A parameter that is left out keeps
+                the state that it has.
+
+        Raises:
+            ValueError: groups, hyperparameters, names, slots or shapes do not fit. Nothing is changed then.
+        """
+        load_state_dict(self, state_dict, strict=strict)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step.
@@ -237,13 +259,34 @@ class Optimizer(torch.optim.Optimizer):
             return
         if self._plans and not same(self._states, self.state.values()):
             self._plans.clear()
-        steps = [self._prepare(i, group) for i, group in enumerate(self.param_groups)]  # each may raise; then all run
-        if self._new_plans:
-            self._new_plans, self._states = False, list(self.state.values())
-        for step in steps:
-            step(scaling)
-            if scaling.seed is not None:  # one for each group: a kernel counts the places within its group only
-                scaling = scaling._replace(seed=scaling.seed + 1)
+        try:
+            steps = [
+                self._prepare(i, group) for i, group in enumerate(self.param_groups)
+            ]  # each may raise; then all run
+            if self._new_plans:
+                self._new_plans, self._states = False, list(self.state.values())
+            for step in steps:
+                step(scaling)
+                if scaling.seed is not None:  # one for each group: a kernel counts the places within its group only
+                    scaling = scaling._replace(seed=scaling.seed + 1)
+        except BaseException:
+            self._take_back()
+            raise
+
+    def _take_back(self) -> None:
+        """A step has failed: state of parameters that it has not stepped is not there, so that the next one makes it."""
+        for p, keys in self._fresh.items():
+            for key in keys:
+                self.state[p].pop(key, None)
+            if not self.state[p]:
+                del self.state[p]
+        self._fresh.clear()
+        self._plans.clear()
+
+    def _stepped(self, entries: Iterable[Entry]) -> None:
+        if self._fresh:
+            for e in entries:
+                self._fresh.pop(e.p, None)
 
     def _scaling(self, grad_scale: Tensor | None) -> Scaling | None:
         """What max_norm, skip_nonfinite and rounding make of this step; None to skip it."""
@@ -270,6 +313,8 @@ class Optimizer(torch.optim.Optimizer):
             params = [p for p, g in zip(params, found, strict=True) if g is not None]
         if not grads:
             return lambda scaling: None
+        if not torch.compiler.is_compiling():
+            check_numbers(index, self.hyper(group))
         if self.native is None or not is_wanted(group):
             entries = self._entries(group, params)
             return lambda scaling: self._step_group(group, entries, scaling)
@@ -292,6 +337,8 @@ class Optimizer(torch.optim.Optimizer):
             if kernel_grads and self.native(plan.bound, kernel_grads, group, first, scaling) != DONE:
                 self._plans.pop(key, None)  # a tensor has moved, or a gradient has other strides
                 rest = range(len(params))
+            elif made:
+                self._stepped(made[i] for i in plan.places)
             if rest:
                 entries = made or self._entries(group, params)
                 self._step_group(group, [entries[i] for i in rest], scaling)
@@ -299,10 +346,12 @@ class Optimizer(torch.optim.Optimizer):
         return run
 
     def _entries(self, group: dict[str, Any], params: list[Tensor]) -> list[Entry]:
-        """Parameters with their gradient and state; raises before any state of the group is made."""
+        """Parameters with their gradient and state. What it makes is taken back if this step fails."""
         grads = [p.grad for p in params if p.grad is not None]
-        if self.sparse_rule is None and any(g.is_sparse for g in grads):
-            raise RuntimeError(self.sparse_error)
+        if (refused := self.refuses_sparse(group)) and any(g.is_sparse for g in grads):
+            raise RuntimeError(refused)
+        if group.get("fused"):
+            check_fused(params)
         if "capturable" in self.defaults and not torch.compiler.is_compiling():
             if group["capturable"]:
                 check_capturable(params, self.on_device)
@@ -313,10 +362,11 @@ class Optimizer(torch.optim.Optimizer):
         for p, g in zip(params, grads, strict=True):
             state = self.state[p] if keys or self.counts_steps else {}
             missing = [key for key in keys if state.get(key) is None]
-            if self.counts_steps and "step" not in state:
-                state["step"] = new_step(p, group)
-            for key in missing:
-                state[key] = self.new_slot(key, p, g, group)
+            uncounted = [key for key in self.scalars if key not in state] if self.counts_steps else []
+            if missing or uncounted:
+                self._fresh[p] = [*missing, *uncounted]
+                state.update({key: new_scalar(self.scalars[key], p, group) for key in uncounted})
+                state.update({key: self.new_slot(key, p, g, group) for key in missing})
             entries.append(Entry(p, g, [state[key] for key in keys], state, first=bool(missing)))
         return entries
 
@@ -324,25 +374,28 @@ class Optimizer(torch.optim.Optimizer):
         hyper = self.hyper(group)
         hyper["lr"] = live(to_scalar(hyper["lr"]))
         as_lists = goes_foreach(group, entries)
-        buckets: dict[Any, list[tuple[list[Tensor], dict[str, Any]]]] = {}
+        buckets: dict[Any, list[tuple[Entry, list[Tensor], dict[str, Any]]]] = {}
         sharded: list[Tensor] = []
         for e in entries:
             scalars = self.advance(e.state, group, hyper, e.first)
             if group["differentiable"]:
                 self._step_recorded(group, e, {**hyper, **scalars})
+                self._stepped([e])
                 continue
             tensors = local_shards([e.p, e.g, *e.slots])
             if tensors[0] is not e.p:
                 sharded.append(e.p)
             if as_lists and scaling.seed is None and fits_a_list(tensors):
                 numbers = tuple(None if isinstance(s, Tensor) else s for s in scalars.values())
-                buckets.setdefault((e.p.device, e.p.dtype, numbers), []).append((tensors, scalars))
+                buckets.setdefault((e.p.device, e.p.dtype, numbers), []).append((e, tensors, scalars))
             else:
                 self._step_one(group, tensors, {**hyper, **scalars}, scaling)
+                self._stepped([e])
         for bucket in buckets.values():
-            lists = [TensorList(ts) for ts in zip(*(tensors for tensors, _ in bucket), strict=True)]
-            scalars = {k: stack([scalars[k] for _, scalars in bucket]) for k in bucket[0][1]}
+            lists = [TensorList(ts) for ts in zip(*(tensors for _, tensors, _ in bucket), strict=True)]
+            scalars = {k: stack([scalars[k] for *_, scalars in bucket]) for k in bucket[0][2]}
             self._apply(group, lists, {**hyper, **scalars}, scaling)
+            self._stepped(e for e, *_ in bucket)
         if sharded and not torch.compiler.is_compiling():  # autograd has seen their shards written, and not them
             torch.autograd.graph.increment_version(sharded)
 
@@ -411,12 +464,18 @@ def live(lr: Any) -> Any:
     return lr
 
 
+def is_recorded(scalar: Tensor) -> bool:
+    """Whether a derivative flows through a scalar of the state: with differentiable=True the state may be given."""
+    return scalar.requires_grad and torch.is_grad_enabled()
+
+
 def read(scalar: Tensor) -> Any:
-    """A scalar of the state as a number; as a tensor where reading it would cost a synchronisation or a graph.
+    """A scalar of the state as a number; as a tensor where reading it would cost a synchronisation, a graph, or a
+    derivative.
 
     That tensor has a number's precision: in float32, 1 − 0.999ᵗ would be wrong in the fifth digit at t = 1.
     """
-    if scalar.is_cpu and not torch.compiler.is_compiling():
+    if scalar.is_cpu and not torch.compiler.is_compiling() and not is_recorded(scalar):
         return scalar.item()
     return scalar if scalar.device.type == "mps" else scalar.double()  # MPS has no float64
 
@@ -445,6 +504,16 @@ def check_capturable(params: list[Tensor], on_device: str) -> None:
             raise AssertionError(
                 f"If capturable=True, {on_device} must be on supported devices: {supported}.; "
                 f"a parameter is on {p.device}: pass capturable=False"
+            )
+
+
+def check_fused(params: list[Tensor]) -> None:
+    supported = torch.utils._foreach_utils._get_fused_kernels_supported_devices()
+    for p in params:
+        if p.device.type not in supported or not p.is_floating_point():
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of supported devices: "
+                f"{supported} but {p.dtype} and {p.device.type}; leave fused out"
             )
 
 

@@ -18,7 +18,7 @@ References: Tieleman, Hinton 2012, lecture 6.5 of "Neural networks for machine l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -96,6 +96,7 @@ class RMSprop(Optimizer):
     """
 
     rule = staticmethod(rmsprop)
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "momentum": 0, "centered": False}
     sparse_error = "RMSprop does not support sparse gradients"
 
     def __init__(

@@ -93,6 +93,7 @@ class SGD(Optimizer):
     rule = staticmethod(sgd)
     sparse_rule = staticmethod(sgd)
     counts_steps: ClassVar[bool] = False
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "nesterov": False}
 
     def __init__(
         self,
