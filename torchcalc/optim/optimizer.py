@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from torchcalc.optim.arguments import WHOLE
 from torchcalc.optim.checkpoint import load_state_dict
 from torchcalc.optim.checks import check_numbers, warn_of_misspelling
 from torchcalc.optim.extras import (
@@ -92,6 +93,9 @@ class Optimizer(torch.optim.Optimizer):
     on_device: ClassVar[str] = "params and state_steps"
     #: The kernel of the rule: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
     native: Callable[..., int] | None = None
+
+    #: Options that are the whole optimizer's, and no group's: attributes of the constructor's names.
+    whole: ClassVar[tuple[str, ...]] = WHOLE
 
     #: ‖g‖ over all parameters at the last step, before clipping; needs max_norm or skip_nonfinite.
     grad_norm: float | Tensor | None
@@ -202,8 +206,14 @@ class Optimizer(torch.optim.Optimizer):
         self._new_plans = False
         self._fresh: dict[Tensor, list[str]] = {}  # keys of state that was made for the step that is under way
 
+    def __repr__(self) -> str:
+        """torch's, and what the optimizer was told about all groups."""
+        defaults = {**inspect.signature(Optimizer).parameters, **inspect.signature(type(self)).parameters}
+        told = [f"    {k}: {v}\n" for k in self.whole if (v := getattr(self, k)) != defaults[k].default]
+        return super().__repr__() if not told else f"{super().__repr__()[:-1]}All Groups\n{''.join(told)})"
+
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_norm", "skip_nonfinite", "rounding", "grad_norm", "skipped_steps")
+        own = (*self.whole, "grad_norm", "skipped_steps")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
