@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torchcalc.optim.arguments import WHOLE
-from torchcalc.optim.checkpoint import load_state_dict
+from torchcalc.optim.checkpoint import load_state_dict, state_dtype
 from torchcalc.optim.checks import check_numbers, warn_of_misspelling
 from torchcalc.optim.extras import (
     NORMAL,
@@ -282,6 +282,8 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             self._take_back()
             raise
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._plans.clear()  # module.to() swaps only tensors that nobody else holds, and a bound step holds them
 
     def _take_back(self) -> None:
         """A step has failed: state of parameters that it has not stepped is not there, so that the next one makes it."""
@@ -377,6 +379,9 @@ class Optimizer(torch.optim.Optimizer):
                 self._fresh[p] = [*missing, *uncounted]
                 state.update({key: new_scalar(self.scalars[key], p, group) for key in uncounted})
                 state.update({key: self.new_slot(key, p, g, group) for key in missing})
+            for key in keys:
+                if state[key].dtype != p.dtype and (dtype := state_dtype(state[key], p)) != state[key].dtype:
+                    state[key] = state[key].to(dtype)  # the parameter's dtype was changed
             entries.append(Entry(p, g, [state[key] for key in keys], state, first=bool(missing)))
         return entries
 
@@ -404,6 +409,8 @@ class Optimizer(torch.optim.Optimizer):
         for bucket in buckets.values():
             lists = [TensorList(ts) for ts in zip(*(tensors for _, tensors, _ in bucket), strict=True)]
             scalars = {k: stack([scalars[k] for *_, scalars in bucket]) for k in bucket[0][2]}
+            if torch.compiler.is_compiling():  # Dynamo does not trace a Tensor divided by a TensorList
+                scalars["lr"] = TensorList([hyper["lr"]] * len(bucket))
             self._apply(group, lists, {**hyper, **scalars}, scaling)
             self._stepped(e for e, *_ in bucket)
         if sharded and not torch.compiler.is_compiling():  # autograd has seen their shards written, and not them
