@@ -128,7 +128,6 @@ def test_every_path_compiles(case: Case, options: dict[str, Any]) -> None:
     seen, expected, frames = compiled_and_eager(case.cls, case.configs[1], CompileCounter(), **options)
     near(seen, expected)
     assert frames[-1] == frames[2] <= 3
-    assert not counters["graph_break"]
 
 
 @each_compiled(everyday=(ours.AdamW,))
