@@ -75,7 +75,9 @@ def test_state_follows_its_parameters_dtype_back_to_the_kernel(
     seen = ruled(monkeypatch, case)
     run(optimizer, gradients(params, 2, missing=False))
     assert len(seen) == (0 if native.available() else 2 * len(params))
-    assert {x.dtype for s in optimizer.state.values() for key, x in s.items() if key not in ("step", "mu_product")} == {after}
+    assert {x.dtype for s in optimizer.state.values() for key, x in s.items() if key not in ("step", "mu_product")} == {
+        after
+    }
 
 
 @pytest.fixture

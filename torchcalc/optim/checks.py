@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 
+PYTHONS = frozenset((bool, int, float))
+
+
 def check_one_element(name: str, value: Any) -> None:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(
@@ -37,6 +40,8 @@ def check_numbers(index: int, hyper: dict[str, Any]) -> None:
 
     Whether the number makes sense is checked where it is given to the optimizer; schedulers may set what they like.
     """
+    if PYTHONS.issuperset(map(type, hyper.values())):
+        return
     for name, x in hyper.items():
         if not (x.numel() == 1 if isinstance(x, Tensor) else isinstance(x, Real)):
             raise TypeError(f"{name} of parameter group {index} is {x!r}; it must be a number or a 1-element tensor")
