@@ -126,23 +126,26 @@ class ASGD(Optimizer):
     ) -> dict[str, Any]:
         lr = live(to_scalar(group["lr"]))
         if "eta" not in state:
-            state["eta"] = (
-                new_scalar(0.0, state["ax"], group).copy_(lr)
-                if isinstance(lr, Tensor)
-                else (new_scalar(lr, state["ax"], group))
-            )
+            state["eta"] = new_scalar(0.0, state["ax"], group)
+            set_(state, "eta", lr)
             state["mu"] = new_scalar(1.0, state["ax"], group)
         t = super().advance(state, group, hyper, first)["t"]
-        eta, mu = read(state["eta"]), read(state["mu"])
-        if isinstance(eta, Tensor):
-            eta, mu = eta.clone(), mu.clone()  # the state itself is set below
+        eta, mu = get(state, "eta"), get(state, "mu")  # they are set below
         set_(state, "eta", lr / ((1 + group["lambd"] * lr * t) ** group["alpha"]))  # (4)
         set_(state, "mu", 1 / maximum(t - group["t0"], 1))  # (5)
         return {"eta": eta, "mu": mu}
 
 
+def get(state: dict[str, Any], key: str) -> Any:
+    """The number as it is now; a tensor where a derivative flows through it."""
+    x = state[key] if state[key].requires_grad else read(state[key])
+    return x.clone() if isinstance(x, Tensor) else x
+
+
 def set_(state: dict[str, Any], key: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        state[key].copy_(value)
-    else:
+    if not isinstance(value, Tensor):
         state[key].fill_(value)
+    elif value.requires_grad:
+        state[key] = value
+    else:
+        state[key].copy_(value)
