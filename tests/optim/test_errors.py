@@ -29,7 +29,7 @@ REFUSED: list[dict[str, Any]] = [
     dict(betas=(0.9, 1.0)),
     dict(betas=(2, 2)),
     dict(betas=(NAN, 0.9)),
-    dict(alpha=-0.1),
+    dict(alpha=-0.1, centered=False),
     dict(lr_decay=-0.1),
     dict(rho=-0.1),
     dict(rho=1.1),

@@ -71,6 +71,7 @@ class Adadelta(Optimizer):
 
     rule = staticmethod(adadelta)
     variants: ClassVar = {"weight_decay": (0, 0.1)}
+    on_xla: ClassVar[bool] = False
     sparse_error = "Adadelta does not support sparse gradients"
 
     @takes_defaults()

@@ -26,7 +26,7 @@ from torch import Tensor
 from torchcalc.formula.expression import maximum
 from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_finite, check_one_element
-from torchcalc.optim.optimizer import Optimizer, ParamsT, live, read, to_scalar
+from torchcalc.optim.optimizer import Optimizer, ParamsT, is_recorded, live, read, to_scalar
 from torchcalc.optim.tensor_list import Scalar, Vector, add_scaled, add_scaled_, as_real, choose
 
 __all__ = ["ASGD"]
@@ -108,16 +108,22 @@ class ASGD(Optimizer):
         if first:
             set_(state, "eta", lr)  # (4)
         t = super().advance(state, group, hyper, first)["t"]
-        eta, mu = read(state["eta"]), read(state["mu"])
-        if isinstance(eta, Tensor):
-            eta, mu = eta.clone(), mu.clone()  # the state itself is set below
+        eta, mu = get(state, "eta"), get(state, "mu")  # they are set below
         set_(state, "eta", lr / ((1 + group["lambd"] * lr * t) ** group["alpha"]))  # (4)
         set_(state, "mu", 1 / maximum(t - group["t0"], 1))  # (5)
         return {"eta": eta, "mu": mu}
 
 
+def get(state: dict[str, Any], key: str) -> Any:
+    """The number as it is now; a tensor where a derivative flows through it."""
+    x = state[key] if is_recorded(state[key]) else read(state[key])
+    return x.clone() if isinstance(x, Tensor) else x
+
+
 def set_(state: dict[str, Any], key: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        state[key].copy_(value)
-    else:
+    if not isinstance(value, Tensor):
         state[key].fill_(value)
+    elif is_recorded(value):  # an lr of which no derivative is taken is not to become the state, which is written
+        state[key] = value
+    else:
+        state[key].copy_(value)

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -99,6 +98,7 @@ class Optimizer(torch.optim.Optimizer):
     numbers: ClassVar[tuple[str, ...]] = ()
     #: What capturable=True keeps on the device, in torch's words.
     on_device: ClassVar[str] = "params and state_steps"
+    on_xla: ClassVar[bool] = True
     #: Options that change the formula, with a value for each way that the rule goes: every combination has a kernel, made
     #: from the rule when the kernels are built; see :mod:`torchcalc.optim.kernel`.
     variants: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -407,7 +407,7 @@ class Optimizer(torch.optim.Optimizer):
             check_fused(params)
         if "capturable" in self.defaults and not torch.compiler.is_compiling():
             if group["capturable"]:
-                check_capturable(params, self.on_device)
+                check_capturable(params, self.on_device, self.on_xla)
             if not params[0].is_cpu:
                 cuda.check_graph_capture(self)
         keys = self.slots(group).values()
@@ -431,7 +431,7 @@ class Optimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         entries: list[Entry],
         scaling: Scaling,
-        advanced: Iterable[dict[str, Any] | None] = itertools.repeat(None),
+        advanced: Sequence[dict[str, Any] | None] = (),
     ) -> None:
         """By the rule. advanced: what advance has returned for those entries where it was called already."""
         hyper = self.hyper(group)
@@ -441,7 +441,8 @@ class Optimizer(torch.optim.Optimizer):
         buckets: dict[Any, list[tuple[Entry, list[Tensor], dict[str, Any]]]] = {}
         sharded: list[Tensor] = []
         widened = 0
-        for e, own in zip(entries, advanced, strict=False):
+        for i, e in enumerate(entries):
+            own = advanced[i] if advanced else None
             scalars = self.advance(e.state, group, hyper, e.first) if own is None else own
             if group["differentiable"]:
                 self._step_recorded(group, e, {**hyper, **scalars})
@@ -492,8 +493,9 @@ class Optimizer(torch.optim.Optimizer):
         """One parameter; halves in float32, mixed dtypes (state that was loaded, say) in the widest, rounded once at the end."""
         p = tensors[0]
         stochastic = scaling.seed is not None and p.dtype in HALVES
-        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), computed_in(p))
-        if all(t.dtype == dtype for t in tensors) or (tensors[1].is_sparse and not stochastic):
+        least = p.dtype if tensors[1].is_sparse and not stochastic else computed_in(p)
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), least)
+        if all(t.dtype == dtype for t in tensors):
             return self._apply(group, tensors, args, scaling)
         wide = [t.to(dtype) for t in tensors]
         self._apply(group, wide, args, scaling)
@@ -584,10 +586,10 @@ def new_step(p: Tensor, group: dict[str, Any]) -> Tensor:
     return new_scalar(0.0, p, group)
 
 
-def check_capturable(params: list[Tensor], on_device: str) -> None:
+def check_capturable(params: list[Tensor], on_device: str, on_xla: bool) -> None:
     from torch.optim.optimizer import _get_capturable_supported_devices
 
-    supported = _get_capturable_supported_devices()
+    supported = _get_capturable_supported_devices(supports_xla=on_xla)
     for p in params:
         if p.device.type not in supported:
             raise AssertionError(
