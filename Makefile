@@ -19,14 +19,14 @@ MAKEFLAGS += --no-print-directory
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full lint pytest sanitize bench gallery clean
+.PHONY: help train test test-full lint pytest sanitize bench test-cuda bench-cuda gallery clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo
-	@echo '  RECIPE=name ARGS="--key=value ..."  another recipe, other settings (make train)'
+	@echo '  RECIPE=name ARGS="--key=value ..."  another recipe, other settings; ARGS=--help shows them (make train)'
 	@echo '  TORCH=$(OTHER_TORCH)                        another torch, in an environment of its own (make test)'
 	@echo '  PYTHON=/path/to/python              the Python to make .venv with, 3.11 or newer'
 
@@ -55,6 +55,13 @@ sanitize: $(VENV)/.built ## the kernels' tests under AddressSanitizer and UBSan
 bench: $(VENV)/.built ## stock and torchcalc side by side (ARGS=--quick: under a minute)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# On whatever machine has the GPU, with the Python there: nothing is installed.
+test-cuda: ## the tests that a GPU can run, with $(PYTHON)'s own torch, Triton and pytest; under four minutes
+	$(PYTHON) -m tests.cuda $(ARGS)
+
+bench-cuda: ## stock and torchcalc side by side on a GPU, likewise
+	$(PYTHON) -m benchmarks.cuda $(ARGS)
+
 gallery: $(VENV)/.built ## the README's pictures: runs three recipes, photographs TensorBoard with Chromium
 	$(BIN)/python -m recipes.gallery $(ARGS)
 
@@ -78,7 +85,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile tor
 
 # What the kernels are made from: C++, and the formulas. Where the loops come out as they were, this takes three seconds.
 FORMULAS := $(wildcard $(addprefix torchcalc/,formula/*.py activations/*.py losses/*.py layers/*.py optim/*.py))
-$(VENV)/.built: $(VENV)/.installed torchcalc/native/build.py $(wildcard torchcalc/native/csrc/*.* torchcalc/native/csrc/node/*) $(FORMULAS)
+$(VENV)/.built: $(VENV)/.installed $(wildcard torchcalc/native/*.py torchcalc/native/csrc/*.* torchcalc/native/csrc/node/*) $(FORMULAS)
 	@echo 'Building the kernels that are not up to date'
-	$(BIN)/python -P torchcalc/native/build.py
+	$(BIN)/python -c 'from torchcalc.native.build import build_what_is_missing; build_what_is_missing()'
 	@touch $@

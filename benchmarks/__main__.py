@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import instruments, optimizers, report
+from benchmarks import functions, instruments, optimizers, report
 from benchmarks.harness import Row, measure
 from benchmarks.memory import available, measure_memory
 
@@ -24,8 +24,15 @@ def main() -> int:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    rows = [*optimizers.rows(), *instruments.rows(), *(optimizers.memory_rows() if available() else ())]
-    rows = [r for r in rows if not args.names or any(name in r.name for name in args.names)]
+    rows = [
+        *functions.rows(),
+        *optimizers.rows(),
+        *instruments.rows(),
+        *(optimizers.memory_rows() if available() else ()),
+    ]
+    rows = [
+        r for r in rows if not args.names or any(name in (r.name, r.group) or name in r.name for name in args.names)
+    ]
     rows = [r for r in rows if r.quick or not args.quick]
     if not rows:
         print(f"no row's name contains any of {args.names}", file=sys.stderr)

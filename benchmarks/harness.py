@@ -27,7 +27,7 @@ __all__ = ["Result", "Row", "Traffic", "measure"]
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a call must read and write: ``reads`` and ``writes`` arrays of ``size`` bytes each, reads/2 <= writes <= reads."""
+    """What a call must read and write: ``reads`` and ``writes`` arrays of ``size`` bytes each, writes <= reads."""
 
     size: int
     reads: int
@@ -42,16 +42,21 @@ class Traffic:
         """Return a call that moves this and does nothing else worth mentioning.
 
         ``a += b`` reads two arrays and writes one, ``a *= c`` reads and writes one: x of the former and y of the latter
-        read 2x + y and write x + y. In place, as an optimizer's step is: each line is read before it is written.
+        read 2x + y and write x + y. In place, as an optimizer's step is: each line is read before it is written. What
+        is read beyond that is summed.
         """
         a, b = torch.zeros(2, max(self.size // 4, 1))
-        sums, products = self.reads - self.writes, 2 * self.writes - self.reads
+        only_read = max(0, self.reads - 2 * self.writes)
+        sums = self.reads - only_read - self.writes
+        products = self.writes - sums
 
         def run() -> None:
             for _ in range(sums):
                 a.add_(b)
             for _ in range(products):
                 a.mul_(1.0)
+            for _ in range(only_read):
+                b.sum()
 
         return run
 

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print(listing(known))
         return
-    from recipes.errors import closest, fail
+    from recipes.errors import closest, fail  # with torch and Lightning: the list above need not wait for them
 
     if not argv:
         fail(f"no recipe given; recipes are: {', '.join(known)}")

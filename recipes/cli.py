@@ -275,7 +275,8 @@ class RecipeCLI(LightningCLI):
 
 def say(rows: list[tuple[str, str]]) -> None:
     """Print a table of two columns below an empty line."""
-    print("\n" + "\n".join(f"{what:<16} {value}" for what, value in rows))
+    width = max((len(what) for what, _ in rows), default=0)
+    print("\n" + "\n".join(f"{what:<{width}} {value}" for what, value in rows))
 
 
 def short(path: str | Path) -> str:

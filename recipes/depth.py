@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from recipes.cli import RecipeCLI
 from recipes.data import Digits
 from recipes.deep_nets import VARIANCE, deep_net, gain, weight_gradients
-from recipes.depth_figure import FLOAT32, depth_figure
+from recipes.depth_figure import depth_figure
 from recipes.errors import fail
 from torchcalc.nn import CrossEntropyLoss
 
@@ -101,10 +101,17 @@ class Depth(LightningModule):
             for depth in self.depths:
                 name = f"{kind}_{depth}"
                 writer.add_scalar(f"accuracy/{depth} layers", self.accuracy[name], self.global_step)
-                if name in self.first:
-                    norm = max(self.first[name].item(), FLOAT32)
+                if name in self.first and (norm := self.norm_at_first_layer(name)):
                     writer.add_scalar(f"first_gradient_log10/{depth} layers", math.log10(norm), self.global_step)
             writer.flush()
+
+    def norm_at_first_layer(self, name: str) -> float:
+        """Of the gradient: in float64, as in the report, where its square is near the end of float32."""
+        norm = self.first[name].item()
+        if norm > 1e-15:
+            return norm
+        x, y = self.trainer.datamodule.train[:256]  # type: ignore[attr-defined]
+        return weight_gradients(self.nets[name], x, y)[0]
 
     def on_test_epoch_end(self) -> None:
         self.accuracy = dict(zip(self.nets, (self.right / self.count).tolist(), strict=True))

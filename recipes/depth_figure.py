@@ -24,7 +24,7 @@ def depth_figure(
         accuracy: test accuracy of each net.
         gain: predicted factor of the gradient per layer, by kind.
     """
-    figure, (left, right) = new_figure(11, 4.6, columns=2)
+    figure, (left, right) = new_figure(9, 4.2, columns=2)
     deepest = max(depths)
     for colour, (kind, factor) in zip(COLOURS, gain.items(), strict=False):
         for depth in depths:

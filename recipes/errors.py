@@ -170,19 +170,20 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         path = error.filename2 or error.filename
         where = f": {str(path)!r}" if path else ""
-        return f"{error.strerror}{where}; --trainer.logger.save_dir=DIR puts the runs elsewhere"
-    if any("checkpoint_connector" in frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)):
-        return f"ckpt_path: {said}"
+        return f"{error.strerror}{where}; if it is of the runs' folder, --trainer.logger.save_dir=DIR names another"
+    frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    if any("checkpoint_connector" in code.co_filename and "restore" in code.co_name for code in frames):
+        return f"ckpt_path: {type(error).__name__}: {said}"
     return None
 
 
 def binary(arguments: Iterable[str]) -> str:
     """Name the argument whose file is no text."""
     for argument in arguments:
-        path = Path(argument.rpartition("=")[2])
         try:
-            if path.is_file():
-                path.read_text()
+            Path(argument.rpartition("=")[2]).read_text()
+        except OSError:
+            continue  # no file
         except UnicodeDecodeError:
             return argument.lstrip("-")
     return "a file"

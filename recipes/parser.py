@@ -79,6 +79,8 @@ class Parser(LightningArgumentParser):
 
     def format_help(self, *args: Any) -> str:
         """The recipe's description, its settings with their values, then all options, the trainer's last."""
+        if not self._default_config_files:  # of all commands together
+            return super().format_help(*args)
         own: list[Any] = []
         others: list[Any] = []
         for group in self._action_groups:

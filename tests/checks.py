@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -44,7 +45,8 @@ def fresh(inputs: Inputs, needed: tuple[int, ...]) -> list[Any]:
 
 def like_output(y: Tensor, scale: float = 1.0) -> Tensor:
     """An incoming gradient of numbers that every dtype holds exactly; of no randomness, which vmap would refuse."""
-    numbers = scale * torch.linspace(-1.3, 4.1, y.numel(), dtype=torch.float64).reshape(y.shape).cos()
+    places = torch.linspace(-1.3, 4.1, y.numel(), dtype=torch.float64, device=y.device)
+    numbers = scale * places.reshape(y.shape).cos()
     return numbers.to(torch.bfloat16).to(y.dtype)
 
 
@@ -193,7 +195,7 @@ def autocast(row: Row) -> None:
             leaves = [x.to(dtype) if is_float(x) else x for x in row.inputs()]
             leaves = fresh(tuple(leaves), row.grads)
             try:
-                with torch.autocast("cpu", low):
+                with torch.autocast(leaves[0].device.type, low):
                     y = f(*leaves)
                     if inside:
                         grads = torch.autograd.grad(y, [leaves[i] for i in row.grads], like_output(y))
@@ -328,6 +330,10 @@ def no_leak(row: Row) -> None:
         alive = weakref.ref(y), *(weakref.ref(x) for x in leaves if isinstance(x, Tensor))
         gradients = torch.autograd.grad(y, [leaves[i] for i in row.grads], like_output(y), create_graph=True)
         del y, leaves, gradients
+        # On a GPU backward runs in a thread of its own, which lets go of its last node a moment after we go on.
+        deadline = time.monotonic() + 2
+        while any(r() is not None for r in alive) and time.monotonic() < deadline:
+            time.sleep(0.001)
         assert [r() for r in alive] == [None] * len(alive)
     finally:
         if enabled:

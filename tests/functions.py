@@ -3,6 +3,8 @@
 A new function is one row here and a test file with ``@table("name")``.
 """
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,12 +38,17 @@ class Row:
     inductor: bool = False  # compile with inductor too, which takes seconds
 
 
+#: Where the inputs are: `make test-cuda` says "cuda".
+DEVICE = os.environ.get("TORCHCALC_TEST_DEVICE", "cpu")
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.8 + 0.1
+    numbers = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.8 + 0.1
+    return numbers.to(DEVICE)
 
 
 def probabilities(*shape: int, seed: int = 0) -> Tensor:
@@ -49,7 +56,7 @@ def probabilities(*shape: int, seed: int = 0) -> Tensor:
 
 
 def classes(*shape: int, high: int, seed: int = 0) -> Tensor:
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def line(repeat: int = 3) -> Tensor:
@@ -57,24 +64,30 @@ def line(repeat: int = 3) -> Tensor:
     return torch.tensor(
         [nan, inf, -inf, 0.0, -0.0, 1.0, -1.0, 1e4, -1e4, 1e300, -1e300, 1e-300, 30.0, -30.0, 0.5] * repeat,
         dtype=torch.float64,
+        device=DEVICE,
     )
 
 
 def elementwise(
-    name: str, stock: Callable[..., Tensor], variant: str = "", complex: bool = False, **options: object
+    name: str,
+    stock: Callable[..., Tensor],
+    variant: str = "",
+    complex: bool = False,
+    inputs: Callable[..., Tensor] = normal,
+    **options: object,
 ) -> Row:
     f = getattr(ours, name)
-    edges = [lambda: (normal(0, 3),), lambda: (normal(),), lambda: (normal(2, 1, 3, 1, 2),)]
+    edges = [lambda: (inputs(0, 3),), lambda: (inputs(),), lambda: (inputs(2, 1, 3, 1, 2),)]
     if complex:
         edges.append(lambda: (torch.complex(normal(4), normal(4, seed=1)),))
     return Row(
         name + variant,
         partial(f, **options) if options else f,
         partial(stock, **options) if options else stock,
-        inputs=lambda: (normal(3, 4),),
+        inputs=lambda: (inputs(3, 4),),
         edges=tuple(edges),
         special=lambda: (line(),),
-        inductor=name == "gelu",
+        inductor=name in ("gelu", "mish"),
     )
 
 
@@ -85,6 +98,74 @@ ACTIVATIONS = [
     elementwise("relu", torch.nn.functional.relu),
     elementwise("gelu", torch.nn.functional.gelu),
     elementwise("gelu", torch.nn.functional.gelu, " tanh", approximate="tanh"),
+    elementwise("exp", torch.exp, complex=True),
+    elementwise("log", torch.log, complex=True, inputs=uniform),
+    elementwise("abs", torch.abs, complex=True),
+    elementwise("silu", torch.nn.functional.silu),
+    elementwise("mish", torch.nn.functional.mish),
+    elementwise("softplus", torch.nn.functional.softplus),
+    elementwise("softplus", torch.nn.functional.softplus, " threshold", beta=2.5, threshold=1.0),
+    elementwise("elu", torch.nn.functional.elu),
+    elementwise("elu", torch.nn.functional.elu, " alpha", alpha=0.3),
+    elementwise("leaky_relu", torch.nn.functional.leaky_relu),
+    elementwise("leaky_relu", torch.nn.functional.leaky_relu, " slope", negative_slope=0.3),
+    elementwise("logsigmoid", torch.nn.functional.logsigmoid),
+]
+
+
+def gated(name: str, stock: Callable[..., Tensor]) -> Row:
+    """A gate of two tensors; torch composes it, and rounds twice."""
+    shapes = ((0, 3), (), (2, 1, 3, 1, 2))
+    return Row(
+        name,
+        getattr(ours, name),
+        stock,
+        inputs=lambda: (normal(3, 4), normal(3, 4, seed=1)),
+        grads=(0, 1),
+        edges=(
+            *(lambda shape=shape: (normal(*shape), normal(*shape, seed=1)) for shape in shapes),
+            lambda: (normal(3, 1), normal(4, seed=1)),
+        ),
+        special=lambda: (line(), line().roll(7)),
+        inductor=name == "swiglu",
+    )
+
+
+def halves(x: Tensor, dim: int = -1) -> Tensor:
+    """torch's glu by its definition, since torch cannot differentiate the forward mode of its own."""
+    a, b = x.chunk(2, dim)
+    return wide(lambda a, b: a * b.sigmoid(), a, b)
+
+
+def wide(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """f in float32 if the inputs are halves, rounded once."""
+    half = inputs[0].dtype in (torch.bfloat16, torch.float16)
+    return f(*(x.float() for x in inputs)).to(inputs[0].dtype) if half else f(*inputs)
+
+
+ACTIVATIONS += [
+    Row(
+        "glu",
+        ours.glu,
+        halves,
+        inputs=lambda: (normal(3, 4),),
+        edges=(
+            lambda: (normal(0, 4),),
+            lambda: (normal(6),),
+            lambda: (normal(2, 3, 0),),
+            lambda: (normal(2, 1, 3, 2),),
+        ),
+        special=lambda: (torch.cat([line(), line().roll(7)]),),
+    ),
+    Row(
+        "glu dim",
+        partial(ours.glu, dim=0),
+        partial(halves, dim=0),
+        inputs=lambda: (normal(4, 3),),
+        edges=(lambda: (normal(6),), lambda: (normal(2, 3, 4),), lambda: (normal(0, 3),)),
+    ),
+    gated("swiglu", partial(wide, lambda a, b: torch.nn.functional.silu(a) * b)),
+    gated("geglu", partial(wide, lambda a, b: torch.nn.functional.gelu(a) * b)),
 ]
 
 
@@ -176,6 +257,93 @@ def weighted(name: str, reduction: str, **options: object) -> Row:
     )
 
 
+def probability(variant: str, weight: Callable[[], Tensor | None] = lambda: None, **options: object) -> Row:
+    """Binary cross-entropy of probabilities, against its definition: torch's second derivatives are off by 10⁻¹²."""
+
+    def mine(q: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+        return ours.binary_cross_entropy(q, t, w, **options)
+
+    def stock(q: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+        def reduced(q: Tensor, t: Tensor, *w: Tensor) -> Tensor:
+            loss = (1 - t) * -(1 - q).log() - t * q.log()
+            loss = loss * w[0] if w else loss
+            return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[str(options["reduction"])]
+
+        return wide(reduced, q, t, *(() if w is None else (w,)))
+
+    return Row(
+        f"binary_cross_entropy {variant}",
+        mine,
+        stock,
+        inputs=lambda: (uniform(3, 4), uniform(3, 4, seed=1), weight()),
+        grads=(0, 1),
+        ours_only=() if weight() is None else (2,),
+        edges=(
+            lambda: (uniform(0, 3), uniform(0, 3, seed=1), None),
+            lambda: (uniform(), uniform(seed=1), None),
+            lambda: (uniform(2, 3, 1, 2), uniform(2, 3, 1, 2, seed=1), None),
+        ),
+        autocast=False,
+        inductor=variant == "mean",
+    )
+
+
+def likelihood(
+    name: str,
+    variant: str,
+    target: Callable[..., Tensor],
+    inputs: Callable[..., Tensor] = normal,
+    stock: Callable[..., Tensor] | None = None,
+    **options: object,
+) -> Row:
+    """A loss of input and target that broadcasts without a warning."""
+    shapes = ((0, 3), (), (2, 3, 1, 2))
+    return Row(
+        f"{name} {variant}",
+        partial(getattr(ours, name), **options),
+        partial(stock or getattr(torch.nn.functional, name), **options),
+        inputs=lambda: (inputs(3, 4), target(3, 4, seed=1)),
+        grads=(0, 1),
+        edges=(
+            *(lambda shape=shape: (inputs(*shape), target(*shape, seed=1)) for shape in shapes),
+            lambda: (inputs(3, 1), target(4, seed=1)),
+        ),
+        inductor=variant == "sum",
+    )
+
+
+def counts(*shape: int, seed: int = 0) -> Tensor:
+    """Of both kinds, below 1 and above; not whole, so that derivatives are tried."""
+    return uniform(*shape, seed=seed) * 4
+
+
+def gaussian(variant: str, var: Callable[[], Tensor] = lambda: uniform(3, 4, seed=2), **options: object) -> Row:
+    """Against torch's distribution: torch's loss looks at the sign of v, which no transform passes."""
+
+    def stock(x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        def reduced(x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+            loss = -torch.distributions.Normal(x, v.sqrt(), validate_args=False).log_prob(t)
+            loss = loss - (0.0 if options.get("full") else 0.5 * math.log(2 * math.pi))
+            return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[str(options.get("reduction", "mean"))]
+
+        return wide(reduced, x, t, v if v.dim() == x.dim() else v.unsqueeze(-1))
+
+    return Row(
+        f"gaussian_nll_loss {variant}",
+        partial(ours.gaussian_nll_loss, **options),
+        stock,
+        inputs=lambda: (uniform(3, 4), normal(3, 4, seed=1), var()),
+        grads=(0, 1, 2),
+        edges=(
+            lambda: (normal(0, 3), normal(0, 3, seed=1), uniform(0, 3)),
+            lambda: (normal(), normal(seed=1), uniform()),
+            lambda: (normal(2, 3, 4), normal(2, 3, 4, seed=1), uniform(2, 1, 4)),
+        ),
+        autocast=False,
+        inductor=variant == "mean",
+    )
+
+
 def bce(reduction: str, weight: Callable[[], Tensor | None], pos_weight: Callable[[], Tensor | None]) -> Row:
     def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, t, w, p: f(x, t, weight=w, pos_weight=p, reduction=reduction)
@@ -241,6 +409,22 @@ LOSSES = [
     *(pair("huber_loss", f" {r}", reduction=r) for r in REDUCTIONS),
     pair("huber_loss", " delta", reduction="mean", delta=0.3),
     *(weighted("huber_loss", r, delta=0.7) for r in REDUCTIONS),
+    *(pair("smooth_l1_loss", f" {r}", reduction=r) for r in REDUCTIONS),
+    pair("smooth_l1_loss", " beta", reduction="mean", beta=0.3),
+    pair("smooth_l1_loss", " of 0", reduction="mean", beta=0),
+    *(probability(r, reduction=r) for r in REDUCTIONS),
+    *(probability(f"weight {r}", lambda: uniform(4, seed=2), reduction=r) for r in REDUCTIONS),
+    *(likelihood("kl_div", r, uniform, reduction=r) for r in (*REDUCTIONS, "batchmean")),
+    *(likelihood("kl_div", f"log {r}", normal, reduction=r, log_target=True) for r in (*REDUCTIONS, "batchmean")),
+    *(likelihood("poisson_nll_loss", r, counts, reduction=r) for r in REDUCTIONS),
+    likelihood("poisson_nll_loss", "full", counts, counts, full=True),
+    *(
+        likelihood("poisson_nll_loss", f"rate {full}", counts, uniform, log_input=False, full=full, eps=0.1)
+        for full in (False, True)
+    ),
+    *(gaussian(r, reduction=r) for r in REDUCTIONS),
+    gaussian("full", full=True),
+    gaussian("homoscedastic", lambda: uniform(3, seed=2)),
     *(pair("binary_cross_entropy_with_logits", f" {r}", reduction=r, special=False) for r in REDUCTIONS),
     bce("none", some(4), some(4)),
     bce("mean", some(3, 1), some(3, 4)),

@@ -29,10 +29,11 @@ def test_make_alone_lists_the_commands():
     [
         ([], "/python -m recipes digits "),
         (["ARGS=--trainer.max_epochs=3 --optimizer.lr=0.1"], "digits --trainer.max_epochs=3 --optimizer.lr=0.1"),
+        (["ARGS=--help"], "/python -m recipes digits --help "),
         (["RECIPE=depth"], "/python -m recipes depth "),
         (["TORCH=9.9.9"], ".venv-9.9.9/bin/python -m recipes digits "),
     ],
-    ids=["default", "settings", "recipe", "torch"],
+    ids=["default", "settings", "help", "recipe", "torch"],
 )
 def test_make_train_runs_the_recipe(arguments, command):
     assert command in make("--dry-run", "train", *arguments).splitlines()[-1] + " "
@@ -43,6 +44,17 @@ def test_other_torch_has_its_own_environment_and_pin():
     assert "pip install --quiet -c .venv-9.9.9/constraints.txt 'torch==9.9.9'" in planned
     assert "s/^torch==.*/torch==9.9.9/" in planned
     assert ".venv/" not in planned
+
+
+def test_kernels_are_built_again_where_a_source_or_a_formula_is_newer():
+    rules = make("--print-data-base", "--dry-run", "help")
+    needed = set(re.search(r"^\.venv/\.built: (.+)$", rules, flags=re.MULTILINE)[1].split())
+    families = ("formula", "activations", "losses", "layers", "optim", "native")
+    sources = {path for family in families for path in (ROOT / "torchcalc" / family).rglob("*") if path.is_file()}
+    wanted = {str(path.relative_to(ROOT)) for path in sources if path.suffix in (".py", ".cpp", ".h")}
+    assert wanted <= needed
+    for command in ("pytest", "train", "bench", "sanitize", "gallery"):
+        assert re.search(rf"^{command}: \.venv/\.built$", rules, flags=re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -6,31 +6,62 @@
 tensor([0., 2.])
 """
 
+from torchcalc.activations.abs import abs
+from torchcalc.activations.elu import elu
+from torchcalc.activations.exp import exp
 from torchcalc.activations.gelu import gelu
+from torchcalc.activations.glu import geglu, glu, swiglu
+from torchcalc.activations.leaky_relu import leaky_relu
+from torchcalc.activations.log import log
+from torchcalc.activations.logsigmoid import logsigmoid
+from torchcalc.activations.mish import mish
 from torchcalc.activations.relu import relu
 from torchcalc.activations.sigmoid import sigmoid
+from torchcalc.activations.silu import silu
+from torchcalc.activations.softplus import softplus
 from torchcalc.activations.square import square
 from torchcalc.activations.tanh import tanh
 from torchcalc.layers.linear import linear
 from torchcalc.layers.softmax import log_softmax, softmax
-from torchcalc.losses.binary_cross_entropy import binary_cross_entropy_with_logits
+from torchcalc.losses.binary_cross_entropy import binary_cross_entropy, binary_cross_entropy_with_logits
 from torchcalc.losses.cross_entropy import cross_entropy
+from torchcalc.losses.gaussian_nll import gaussian_nll_loss
 from torchcalc.losses.huber import huber_loss
+from torchcalc.losses.kl_div import kl_div
 from torchcalc.losses.l1 import l1_loss
 from torchcalc.losses.mse import mse_loss
+from torchcalc.losses.poisson_nll import poisson_nll_loss
+from torchcalc.losses.smooth_l1 import smooth_l1_loss
 
 __all__ = [
+    "abs",
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "elu",
+    "exp",
+    "gaussian_nll_loss",
+    "geglu",
     "gelu",
+    "glu",
     "huber_loss",
+    "kl_div",
     "l1_loss",
+    "leaky_relu",
     "linear",
+    "log",
     "log_softmax",
+    "logsigmoid",
+    "mish",
     "mse_loss",
+    "poisson_nll_loss",
     "relu",
     "sigmoid",
+    "silu",
+    "smooth_l1_loss",
     "softmax",
+    "softplus",
     "square",
+    "swiglu",
     "tanh",
 ]

@@ -11,7 +11,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-__all__ = ["autocasts_to_float32", "like", "unbroadcast", "widen"]
+__all__ = ["autocasts", "autocasts_to_float32", "like", "unbroadcast", "widen"]
 
 
 @overload
@@ -47,6 +47,16 @@ def unbroadcast(grad: Tensor, x: Tensor) -> Tensor:
     return like(grad.sum_to_size(x.shape), x)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast is on for x's device.
+
+    >>> with torch.autocast("cpu"):
+    ...     autocasts(torch.ones(2))
+    True
+    """
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def autocasts_to_float32(x: Tensor) -> bool:
     """Whether torch.autocast is on that takes x to float32 in softmax and in powers: on every device but the CPU.
 
@@ -54,7 +64,4 @@ def autocasts_to_float32(x: Tensor) -> bool:
     ...     autocasts_to_float32(torch.ones(2, dtype=torch.bfloat16))
     False
     """
-    device_type = x.device.type
-    if device_type == "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16) and autocasts(x)

@@ -486,3 +486,31 @@ def test_the_words_claim_no_rise_that_was_not_seen(high, says):
     lrs = torch.logspace(-5, high, 120)
     losses = 2 - 1.5 * torch.sigmoid(6 * (lrs.log10() + 2)) + (lrs > 1) * lrs
     assert re.search(says, str(suggest(lrs, losses)))
+
+
+def test_a_loss_that_falls_without_bound():
+    """Nothing rises there: the loss is -1e37, and then it is not finite."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 1), torch.randn(8, 3)
+    loss = lambda output, target: -output.square().mean()  # noqa: E731
+    found = range_test(model, loss, (x, x), torch.optim.SGD(model.parameters()), high=1e4, steps=200)
+    last = found.losses[found.losses.isfinite()][-1]
+    assert last < -1e20 and found.losses.isnan().any() and found.beyond == "is not finite"
+    assert found.largest_stable == found.lrs[found.losses.isfinite()][-1]
+    assert str(found).endswith(f"it is not finite, after {float(last):.3g})") and "rises" not in str(found)
+    lrs = torch.logspace(-4, 0, 50)
+    falling = -(torch.linspace(0, 1, 50) ** 2)
+    for broken, says in ((math.inf, "rises"), (math.nan, "is not finite"), (-math.inf, "is not finite")):
+        found = suggest(lrs, torch.where(lrs > 0.5, broken, falling))
+        assert found.beyond == says and f"it {says}" in str(found)
+    assert suggest(lrs, falling).beyond == ""
+
+
+def test_stable_as_long_as_the_dots_fall():
+    """A wall: smoothed, the rise seems to begin before the last dot that is lower than all others."""
+    lrs = torch.logspace(-4, 1, 100, dtype=torch.float64)
+    losses = 2 - torch.sigmoid(3 * (lrs.log10() + 1.5))
+    losses[lrs > 3] = 5 * lrs[lrs > 3]
+    found = suggest(lrs, losses)
+    assert found.largest_stable == lrs[losses.argmin()] and found.beyond == "rises"
+    assert f"beyond {found.largest_stable:.2g} it rises" in str(found)

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests import compiled, interpreter
-from tests.formula.interpreted import ELU, GELU, MSE, SILU, TANH, WEIGHTED
+from tests.formula.on_device import ELU, GELU, MSE, SILU, TANH, WEIGHTED
 from torchcalc.formula import launch
 
 pytestmark = interpreter.needs_triton
 
 
 def test_in_the_interpreter() -> None:
-    interpreter.run(str(Path(__file__).with_name("interpreted.py")))
+    interpreter.run(str(Path(__file__).with_name("on_device.py")))
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -48,6 +48,6 @@ def test_values_and_losses_compile(target: str) -> None:
         kernel(MSE, "loss", torch.float32),
         launch._make(WEIGHTED, "partial", mixed, True).kernel,
         kernel(MSE, (0,), torch.float64),
-        launch._total(torch.bfloat16),
+        launch.total(torch.bfloat16),
     ):
         assert compiled.compile(k, target).spills == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import weakref
 from functools import partial
 
@@ -334,6 +335,13 @@ def test_an_objective_gets_the_indices_and_nothing_else(method):
     module = Steps()
     x, y = batches()[0]
     assert torch.equal(Objective(module, method)((x, y)), nn.functional.mse_loss(module.net(x), y))
+
+
+def test_a_threshold_far_above_does_not_flatten_the_sharpness():
+    charts = {title: tags for _, title, tags in Sharpness().charts()}
+    seen = ["sharpness/lambda", "sharpness/threshold", "sharpness/lr", "sharpness/lr_limit"]
+    alone = [[tag for tag in seen if any(re.match(each, tag) for each in tags)] for tags in charts.values()]
+    assert ["sharpness/lambda"] in alone and ["sharpness/lambda", "sharpness/threshold"] in alone
 
 
 def test_an_objective_puts_back_what_the_instance_logs_by():

@@ -10,6 +10,11 @@ def test_binary_cross_entropy_with_logits(row, check):
     check(row)
 
 
+@table("binary_cross_entropy")
+def test_binary_cross_entropy(row, check):
+    check(row)
+
+
 def test_gradients_of_the_weights():
     """torch refuses them. By the textbook: ∂L/∂w = ℓ/N, ∂L/∂p = -w·t·log σ(x)/N, summed over what was broadcast."""
     x, t = torch.tensor([[1.0, -2.0], [0.5, 3.0]]).double(), torch.tensor([[0.0, 1.0], [1.0, 0.25]]).double()

@@ -20,13 +20,23 @@ from typing import Any
 import pytest
 
 from torchcalc.__main__ import main
-from torchcalc.native import build
+from torchcalc.native import build, files
 
-ROOT = Path(build.__file__).parents[2]
+ROOT = Path(files.__file__).parents[2]
 
 
 GENERATED = {"loops.cpp": "// loops", "loops.h": "// their declarations"}
 TORCH = build.torch_version(build.torch_directory())
+
+
+# As the build hook gets at it.
+BUILDER = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(files.PACKAGE)!r})
+from hatch_build import _builder
+build, files = _builder(Path({str(files.PACKAGE.parent)!r}))
+"""
 
 
 class Compiler:
@@ -67,13 +77,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory in the package's place."""
     directory = tmp_path / "site" / "torchcalc" / "native"
     directory.mkdir(parents=True)
-    monkeypatch.setattr(build, "PACKAGE", directory)
+    monkeypatch.setattr(files, "PACKAGE", directory)
     return directory
 
 
 def built(nodes: bool = True, **generated: str) -> list[str]:
     """The names of the files that a build leaves."""
-    names = [build.library_name(generated or GENERATED), *([build.nodes_name(TORCH)] if nodes else [])]
+    names = [files.library_name(generated or GENERATED), *([files.nodes_name(TORCH)] if nodes else [])]
     return sorted(name + end for name in names for end in ("", ".sha256"))
 
 
@@ -85,7 +95,7 @@ def test_builds_into_the_package_or_else_the_cache(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Compiler
 ) -> None:
     cache = tmp_path / "cache" / "torchcalc"
-    name = build.library_name(GENERATED)
+    name = files.library_name(GENERATED)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert build.build() == package / name
     assert listing(package) == built()
@@ -99,7 +109,7 @@ def test_builds_into_the_package_or_else_the_cache(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(build.BuildError, match=r"cannot write to .*native; cannot write to .*cache.*XDG_CACHE_HOME"):
         build.build()
-    monkeypatch.setattr(build, "PACKAGE", package / "file" / "below")
+    monkeypatch.setattr(files, "PACKAGE", package / "file" / "below")
     (package / "file").write_bytes(b"")  # a directory that cannot be made
     with pytest.raises(build.BuildError, match="cannot write to"):
         build.build()
@@ -134,12 +144,12 @@ def test_the_cache_follows_the_platform(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setattr(sys, "platform", "linux")
-    assert build.directories()[1] == Path("/home/someone/.cache/torchcalc")
+    assert files.directories()[1] == Path("/home/someone/.cache/torchcalc")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert build.directories()[1] == Path("/home/someone/Library/Caches/torchcalc")
-    assert build.library_name({}).endswith(".dylib")
+    assert files.directories()[1] == Path("/home/someone/Library/Caches/torchcalc")
+    assert files.library_name({}).endswith(".dylib")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home: no cache
-    assert build.directories() == [build.PACKAGE]
+    assert files.directories() == [files.PACKAGE]
 
 
 @pytest.mark.parametrize("where", ["package", "elsewhere"])
@@ -149,14 +159,14 @@ def test_a_build_replaces_what_is_stale_in_the_package(
     """In a cache, which versions share, each keeps its own. Nodes for another torch are not stale."""
     target = package if where == "package" else tmp_path / "elsewhere"
     target.mkdir(exist_ok=True)
-    name, nodes = build.library_name(GENERATED), build.nodes_name(TORCH)
+    name, nodes = files.library_name(GENERATED), files.nodes_name(TORCH)
     stale = [
-        name.replace(build.source_hash(), "0" * 16),
-        build.library_name({"loops.cpp": "// other loops"}),
-        nodes.replace(build.node_hash(), "0" * 16),
+        name.replace(files.source_hash(), "0" * 16),
+        files.library_name({"loops.cpp": "// other loops"}),
+        nodes.replace(files.node_hash(), "0" * 16),
     ]
     stale += [old + ".sha256" for old in stale]
-    kept = ["libtorchcalc-0000000000000000-0000000000000000-linux_riscv64.so", build.nodes_name("2.99.1+cu130")]
+    kept = ["libtorchcalc-0000000000000000-0000000000000000-linux_riscv64.so", files.nodes_name("2.99.1+cu130")]
     kept += [other + ".sha256" for other in kept]
     for file in [*stale, *kept]:
         (target / file).write_bytes(b"")
@@ -172,7 +182,7 @@ def test_what_is_there_is_not_built_again(tmp_path: Path, loops: dict[str, str],
     assert compiled.calls == [(True, True, False)]
     assert first.stat().st_mtime > 1  # the newest is loaded: the one that was asked for last
 
-    (tmp_path / build.nodes_name(TORCH)).rename(tmp_path / build.nodes_name("2.99.0"))  # another torch's environment
+    (tmp_path / files.nodes_name(TORCH)).rename(tmp_path / files.nodes_name("2.99.0"))  # another torch's environment
     build.build(tmp_path, again=False)
     assert compiled.calls[1:] == [(False, True, False)]
 
@@ -203,7 +213,7 @@ def test_a_failed_build_leaves_nothing_behind(
         kernels.write_bytes(b"half")
         raise build.BuildError("no")
 
-    old = tmp_path / build.library_name(GENERATED)
+    old = tmp_path / files.library_name(GENERATED)
     old.write_bytes(b"old")
     monkeypatch.setattr(build, "_compile", fails)
     with pytest.raises(build.BuildError):
@@ -222,12 +232,9 @@ def test_a_build_that_is_told_to_stop_leaves_nothing_behind(name: str, tmp_path:
     slow.write_text(f"#!/bin/sh\necho $$ >> {pids}\ntouch $TMPDIR/cc-half.s\nexec sleep 100\n")
     slow.chmod(0o755)
     code = f"""
-import importlib.util, pathlib
-spec = importlib.util.spec_from_file_location("build", {build.__file__!r})
-build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build)
+{BUILDER}
 build.generate = lambda work: {{}}
-build.build(pathlib.Path({str(output)!r}))
+build.build(Path({str(output)!r}))
 """
     environment = {**os.environ, "CXX": str(slow), "TMPDIR": str(temporary)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -246,7 +253,7 @@ def test_concurrent_builds_never_show_half_a_file(
     tmp_path: Path, loops: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = b"x" * 100_000
-    library = tmp_path / build.library_name(GENERATED)
+    library = tmp_path / files.library_name(GENERATED)
     seen: list[str] = []
     stop = threading.Event()
 
@@ -261,7 +268,7 @@ def test_concurrent_builds_never_show_half_a_file(
     def watch() -> None:
         while not stop.is_set():
             if library.exists():
-                seen.append(build.damage(library))
+                seen.append(files.damage(library))
 
     monkeypatch.setattr(build, "_compile", slowly)
     watcher = threading.Thread(target=watch)
@@ -307,6 +314,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fake.write_text(FAKE.format(log=log))
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setattr(build, "_store", lambda: None)
     return log
 
 
@@ -314,51 +322,104 @@ def test_every_source_is_compiled_and_linked(tmp_path: Path, loops: dict[str, st
     library = build.build(tmp_path / "out")
     lines = commands.read_text().splitlines()
     compiles = {line.partition(" -c ")[2].split()[0]: line for line in lines if " -c " in line}
-    kernels = {str(path) for path in build.SOURCES.glob("*.cpp")} | {"generated/loops.cpp"}  # a header is not compiled
-    nodes = {str(path) for path in build.NODES.glob("*.cpp")}
+    kernels = {str(path) for path in files.SOURCES.glob("*.cpp")} | {"generated/loops.cpp"}  # a header is not compiled
+    nodes = {str(path) for path in files.NODES.glob("*.cpp")}
     assert compiles.keys() == kernels | nodes
     for name, line in compiles.items():
         assert ("-std=c++20" in line) == (name in nodes) and ("api/include" in line) == (name in nodes)
-        assert f"-I {build.SOURCES}" in line
-        assert (f'-DTORCHCALC_SOURCE_HASH="{build.source_hash()}"' in line) == (name in kernels)
+        assert f"-I {files.SOURCES}" in line
+        told = f'-DTORCHCALC_SOURCE_HASH="{files.source_hash()}"' in line
+        assert told == name.endswith("library.cpp")
     linked = library.read_text()
     assert "generated-loops.o" in linked and "csrc-adam.o" in linked and "node" not in linked
-    assert "node-node.o" in library.with_name(build.nodes_name(TORCH)).read_text()
+    assert "node-node.o" in library.with_name(files.nodes_name(TORCH)).read_text()
+
+
+def test_only_what_changed_is_compiled_again(
+    tmp_path: Path, loops: dict[str, str], commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkout. All that could change an object counts; what was not used for long is thrown away."""
+    store, sources = tmp_path / "objects", tmp_path / "csrc"
+    monkeypatch.setattr(build, "_store", lambda: store)
+    shutil.copytree(files.SOURCES, sources)
+    monkeypatch.setattr(files, "SOURCES", sources)
+    monkeypatch.setattr(files, "NODES", sources / "node")
+
+    def compiled() -> set[str]:
+        commands.unlink(missing_ok=True)
+        build.build(tmp_path / "out")
+        lines = commands.read_text().splitlines()
+        return {Path(line.partition(" -c ")[2].split()[0]).name for line in lines if " -c " in line}
+
+    all_kernels = {path.name for path in sources.glob("*.cpp")} | {"loops.cpp"}
+    everything = all_kernels | {path.name for path in files.NODES.glob("*.cpp")}
+    assert compiled() == everything
+    assert compiled() == set()
+    loops["loops.cpp"] = "// a formula has changed"
+    assert compiled() == {"loops.cpp"}
+    loops["loops.cpp"] = GENERATED["loops.cpp"]
+    assert compiled() == set()
+    with (sources / "norm.cpp").open("a") as file:
+        file.write("//\n")
+    assert compiled() == {"norm.cpp", "library.cpp"}  # which holds the hash of all
+    loops["loops.h"] = "// another declaration"
+    assert compiled() == everything
+    (sources / "tensor.h").write_text("//")
+    assert compiled() == everything
+    monkeypatch.setattr(files, "NODE_FLAGS", [*files.NODE_FLAGS, "-g"])
+    assert compiled() == everything - all_kernels
+    monkeypatch.setattr(build, "torch_version", lambda directory: "2.99.0")
+    assert compiled() == everything
+    compiler = tmp_path / "c++"
+    compiler.write_text(compiler.read_text() + "# version 13\n")
+    assert compiled() == everything
+    for path in store.iterdir():
+        os.utime(path, (1, 1))
+    old = set(store.iterdir())
+    monkeypatch.setattr(files, "NODE_FLAGS", [*files.NODE_FLAGS, "-g1"])
+    assert compiled() == everything - all_kernels
+    assert len(old & set(store.iterdir())) == len(all_kernels)  # those that this build has used
+
+
+def test_an_installed_package_keeps_no_objects(package: Path) -> None:
+    assert build._store() is None
+    (package.parents[1] / "pyproject.toml").write_text("")
+    assert build._store() == package.parents[1] / "build" / "objects"
 
 
 def test_every_name_and_text_counts() -> None:
     names = [
-        build.library_name(generated)
+        files.library_name(generated)
         for generated in ({}, {"a.cpp": ""}, {"b.cpp": ""}, {"a.cpp": "x"}, {"a.cpp": "x", "b.cpp": ""})
     ]
     assert len(set(names)) == len(names)
-    assert build.library_name({"a": "1", "b": "2"}) == build.library_name({"b": "2", "a": "1"})
-    assert all(fnmatch.fnmatch(name, build.pattern()) for name in names)
+    assert files.library_name({"a": "1", "b": "2"}) == files.library_name({"b": "2", "a": "1"})
+    assert all(fnmatch.fnmatch(name, files.pattern()) for name in names)
 
 
 def test_what_the_nodes_include_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
-    monkeypatch.setattr(build, "NODES", tmp_path / "node")
-    files = {
+    monkeypatch.setattr(files, "SOURCES", tmp_path)
+    monkeypatch.setattr(files, "NODES", tmp_path / "node")
+    texts = {
         "node/a.cpp": '#include <vector>\n#include "a.h"\n# include "shared.h"\n',
         "node/a.h": "",
         "shared.h": '  #include "deep.h"',
         "deep.h": '#include "shared.h"',
     }
     (tmp_path / "node").mkdir()
-    for name, text in {**files, "other.h": "", "kernel.cpp": ""}.items():
+    for name, text in {**texts, "other.h": "", "kernel.cpp": ""}.items():
         (tmp_path / name).write_text(text)
-    original = build.node_hash()
-    assert build.nodes_name("2.13.0+cpu").startswith(f"libtorchcalc_nodes-{original}-torch2.13.0_cpu-")
+    original = files.node_hash()
+    assert files.nodes_name("2.13.0+cpu").startswith(f"libtorchcalc_nodes-{original}-torch2.13.0_cpu-")
     for name in ("other.h", "kernel.cpp"):
         (tmp_path / name).write_text("//")
-        assert build.node_hash() == original
-    for name, text in files.items():
+        assert files.node_hash() == original
+    for name, text in texts.items():
         (tmp_path / name).write_text(text + "\n//")
-        assert build.node_hash() != original
+        assert files.node_hash() != original
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(build, "_NODE_FLAGS", [*build._NODE_FLAGS, "-g"])
-    assert build.node_hash() != original
+    monkeypatch.setattr(files, "NODE_FLAGS", [*files.NODE_FLAGS, "-g"])
+    assert files.node_hash() != original
 
 
 def formula(package: Path, text: str) -> None:
@@ -465,14 +526,13 @@ def test_windows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         build.build()
 
 
-def test_build_is_importable_without_torchcalc() -> None:
-    # hatchling loads it by path, in an environment that may have neither torch nor torchcalc
-    code = (
-        f"import sys, runpy; names = runpy.run_path({build.__file__!r}); "
-        "assert not {'torch', 'torchcalc'} & set(sys.modules); print(names['pattern']())"
-    )
-    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == build.pattern()
+def test_the_hook_needs_neither_torch_nor_torchcalc() -> None:
+    code = f"""{BUILDER}
+assert not {{"torch", "torchcalc"}} & set(sys.modules)
+print(files.pattern())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == files.pattern()
 
 
 # --- the command line, the hook, and a build from nothing -------------------------------------------------------------
@@ -524,7 +584,7 @@ def test_the_command_says_why_not(
 def project(tmp_path: Path) -> Path:
     """A project with our hook, and nothing else of ours that would have to be built."""
     source = tmp_path / "project" / "torchcalc"
-    shutil.copytree(build.PACKAGE, source / "native", ignore=shutil.ignore_patterns("__pycache__", "libtorchcalc-*"))
+    shutil.copytree(files.PACKAGE, source / "native", ignore=shutil.ignore_patterns("__pycache__", "libtorchcalc-*"))
     formula(source / "native", f"def sources():\n    return {GENERATED}\n")
     (source.parent / ".gitignore").write_text("*.so\n*.so.sha256\n*.dylib\n*.dylib.sha256\n")
     (source.parent / "pyproject.toml").write_text(
@@ -558,19 +618,19 @@ def wheel(project: Path, **environment: str) -> tuple[str, list[str], str]:
 
 
 def test_a_wheel_without_a_compiler_is_pure(project: Path) -> None:
-    name, files, output = wheel(project, CXX="no-such-compiler")
+    name, names, output = wheel(project, CXX="no-such-compiler")
     assert name == "torchcalc-1.0-py3-none-any.whl"
-    assert "torchcalc/native/csrc/adam.cpp" in files  # to be compiled later
-    assert not any("libtorchcalc" in file for file in files)
+    assert "torchcalc/native/csrc/adam.cpp" in names  # to be compiled later
+    assert not any("libtorchcalc" in file for file in names)
     assert "without its CPU kernels" in output and "no-such-compiler" in output
 
 
 def test_a_wheel_holds_the_libraries(project: Path, commands: Path) -> None:
-    (project / "torchcalc/native" / build.nodes_name("2.99.0")).write_bytes(b"")  # another environment's
-    name, files, _ = wheel(project)
+    (project / "torchcalc/native" / files.nodes_name("2.99.0")).write_bytes(b"")  # another environment's
+    name, names, _ = wheel(project)
     assert name.startswith("torchcalc-1.0-py3-none-") and not name.endswith("-any.whl")
-    assert {f"torchcalc/native/{file}" for file in built()} == {file for file in files if "libtorchcalc" in file}
-    assert "torchcalc/native/csrc/adam.cpp" in files
+    assert {f"torchcalc/native/{file}" for file in built()} == {file for file in names if "libtorchcalc" in file}
+    assert "torchcalc/native/csrc/adam.cpp" in names
 
 
 def test_torch_is_found_under_build_isolation(project: Path, commands: Path, tmp_path: Path) -> None:
@@ -591,8 +651,8 @@ def test_torch_is_found_under_build_isolation(project: Path, commands: Path, tmp
     assert result.returncode == 0, result.stderr
     (path,) = (project / "out").glob("*.whl")
     with zipfile.ZipFile(path) as archive:
-        files = archive.namelist()
-    assert {f"torchcalc/native/{file}" for file in built()} <= set(files)
+        names = archive.namelist()
+    assert {f"torchcalc/native/{file}" for file in built()} <= set(names)
     assert "loops.cpp" in commands.read_text()  # a Python that sees torch has generated it
 
 
@@ -600,7 +660,7 @@ def test_torch_is_found_under_build_isolation(project: Path, commands: Path, tmp
 def test_a_fresh_build_loads(tmp_path: Path) -> None:
     result = torchcalc("build", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    (library,) = tmp_path.glob(build.pattern())
+    (library,) = tmp_path.glob(files.pattern())
     assert str(library) in result.stdout
     report = torchcalc(TORCHCALC_NATIVE_LIBRARY=str(library)).stdout
     assert f"loaded from {library}" in report

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from torchcalc import native
-from torchcalc.native import build, load
+from torchcalc.native import files, load
 
 REMEDY = "python -m torchcalc build"
 
@@ -26,7 +26,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only directory where libraries are looked for."""
-    monkeypatch.setattr(build, "directories", lambda: [tmp_path])
+    monkeypatch.setattr(files, "directories", lambda: [tmp_path])
     return tmp_path
 
 
@@ -39,7 +39,7 @@ def kernels() -> tuple[Path | None, str]:
 def put(content: bytes, path: Path) -> Path:
     """A library as the build leaves it."""
     path.write_bytes(content)
-    build._hash_file(path).write_text(hashlib.sha256(content).hexdigest() + "\n")
+    files.hash_file(path).write_text(hashlib.sha256(content).hexdigest() + "\n")
     return path
 
 
@@ -50,7 +50,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def name(generated: str = "") -> str:
-    return build.library_name({"generated.cpp": generated})
+    return files.library_name({"generated.cpp": generated})
 
 
 def run(code: str, **environment: str) -> str:
@@ -128,7 +128,7 @@ def test_not_built(place: Path) -> None:
 
 
 def test_built_from_other_sources(place: Path) -> None:
-    stale = place / name().replace(build.source_hash(), "0" * 16)
+    stale = place / name().replace(files.source_hash(), "0" * 16)
     stale.write_bytes(b"")
     path, why = kernels()
     assert path is None
@@ -136,18 +136,18 @@ def test_built_from_other_sources(place: Path) -> None:
 
 
 def test_every_source_and_option_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in [path for path in build.SOURCES.iterdir() if path.is_file()]:
+    for path in [path for path in files.SOURCES.iterdir() if path.is_file()]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    original = build.source_hash()
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
-    assert build.source_hash() == original
+    original = files.source_hash()
+    monkeypatch.setattr(files, "SOURCES", tmp_path)
+    assert files.source_hash() == original
     for path in tmp_path.iterdir():
         kept = path.read_bytes()
         path.write_bytes(kept + b"\n")
-        assert build.source_hash() != original
+        assert files.source_hash() != original
         path.write_bytes(kept)
-    monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, "-g"])
-    assert build.source_hash() != original
+    monkeypatch.setattr(files, "FLAGS", [*files.FLAGS, "-g"])
+    assert files.source_hash() != original
 
 
 def test_a_broken_file(place: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_file_that_was_cut_short(share: float, place: Path) -> None:
 
 
 def test_a_file_without_its_hash(place: Path) -> None:
-    build._hash_file(put(b"library", place / name())).unlink()
+    files.hash_file(put(b"library", place / name())).unlink()
     path, why = kernels()
     assert path is None
     assert ".sha256 cannot be read" in why and REMEDY in why
@@ -200,6 +200,18 @@ class TestAStrangersFile:
         assert path is None
         assert "can be written by others" in why and f"mode {mode:o}" in why and "chmod go-w" in why
 
+    def test_others_can_replace_the_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shared, place = tmp_path / "shared", tmp_path / "shared" / "torchcalc"
+        place.mkdir(parents=True)
+        monkeypatch.setattr(files, "directories", lambda: [place])
+        library = put(b"library", place / name())
+        shared.chmod(0o777)
+        path, why = kernels()
+        assert path is None
+        assert f"{shared} can be written by others" in why
+        shared.chmod(0o1777)  # as /tmp is: nobody can rename what is another's
+        assert load._find_kernels() == (library, "")
+
     @pytest.mark.parametrize("what", ["directory", "library"])
     def test_another_owner(self, what: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         library = put(b"library", place / name())
@@ -217,18 +229,18 @@ class TestAStrangersFile:
     @pytest.mark.usefixtures("unloaded")
     def test_the_nodes_as_well(self, place: Path) -> None:
         put(b"kernels", place / name())
-        put(b"nodes", place / build.nodes_name(torch.__version__)).chmod(0o777)
+        put(b"nodes", place / files.nodes_name(torch.__version__)).chmod(0o777)
         loaded = load._load()
         assert loaded.kernels == place / name()
         assert loaded.nodes is None and "can be written by others" in loaded.why_no_nodes
 
     def test_the_package_is_trusted_as_its_python_is(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(build, "PACKAGE", place)
+        monkeypatch.setattr(files, "PACKAGE", place)
         library = put(b"library", place / name())
         library.chmod(0o775)  # an installer under umask 002
         assert load._find_kernels() == (library, "")
         library.chmod(0o777)
-        others_write_python = Path(build.__file__).stat().st_mode & stat.S_IWOTH
+        others_write_python = Path(files.__file__).stat().st_mode & stat.S_IWOTH
         assert ("can be written by others" in kernels()[1]) != bool(others_write_python)
 
 
@@ -240,7 +252,7 @@ def test_nodes() -> None:
 @pytest.mark.usefixtures("unloaded")
 def test_nodes_are_bound_to_their_torch(place: Path) -> None:
     put(b"kernels", place / name())
-    put(b"nodes", place / build.nodes_name("2.99.0+cpu"))
+    put(b"nodes", place / files.nodes_name("2.99.0+cpu"))
     loaded = load._load()
     assert loaded.kernels is not None and loaded.nodes is None
     assert (
@@ -258,19 +270,23 @@ def test_a_library_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.Monkey
 
     other = tmp_path / "other.so"
     monkeypatch.setenv("TORCHCALC_NATIVE_LIBRARY", str(other))
-    other.write_bytes(loaded.read_bytes().replace(build.source_hash().encode(), b"0" * 16))
+    other.write_bytes(loaded.read_bytes().replace(files.source_hash().encode(), b"0" * 16))
     path, why = kernels()
     assert path is None and "other sources" in why
 
     other.write_bytes(loaded.read_bytes())
     assert load._find_kernels() == (other, "")
 
+    put(loaded.read_bytes(), other).write_bytes(loaded.read_bytes()[:-1])
+    path, why = kernels()
+    assert path is None and "damaged" in why
+
 
 def test_trouble_while_looking_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise PermissionError("csrc is locked")
 
-    monkeypatch.setattr(build, "pattern", broken)
+    monkeypatch.setattr(files, "pattern", broken)
     monkeypatch.setattr(load, "_loaded", None)
     assert not native.available()
     assert "csrc is locked" in native.why_not()

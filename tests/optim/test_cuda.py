@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def test_in_the_interpreter() -> None:
-    interpreter.run(str(Path(__file__).with_name("interpreted.py")))
+    interpreter.run(str(Path(__file__).with_name("on_device.py")))
 
 
 @pytest.mark.parametrize("target", compiled.TARGETS)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import recipes.cli  # noqa: F401  # here, and not in a test: Lightning's log keeps the stderr that it finds at its import
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 NAMES = [config.stem for config in CONFIGS]

@@ -1,6 +1,7 @@
 """The depth recipe: nets of the depth they claim, predictions that measurements confirm, training that keeps nets apart."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,8 @@ def test_run(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     [row] = [line for line in printed.splitlines() if line.startswith("residual: test accuracy")]
     assert float(row.split()[-1]) == pytest.approx(curves(run)["residual_5/test"][0][1], abs=5e-4)
+    rows = [line for line in printed.splitlines() if line.startswith("test ")]
+    assert len(rows) == len(KINDS) and len({line.rindex(" ") for line in rows}) == 1  # one column
     [checkpoint] = run.glob("checkpoints/*.ckpt")
     norms = torch.load(checkpoint, weights_only=True)["gradients"]
     assert {name: len(each) for name, each in norms.items()} == {
@@ -122,6 +125,21 @@ def test_run(monkeypatch, tmp_path, capsys):
     }
     main(["depth", "test", f"--ckpt_path={checkpoint}"])
     assert len(curves(run)["residual_5/test"]) == 2
+
+
+def test_the_curve_of_a_vanishing_gradient_goes_on_where_float32_ends():
+    torch.manual_seed(0)
+    module = Depth([60], width=8)
+    data = Digits()
+    module.log = lambda *args, **options: None
+    x, y = data.train[:256]
+    module.training_step((x, y)).backward()
+    module.on_before_optimizer_step(None)
+    module._trainer = SimpleNamespace(datamodule=data)
+    truth = weight_gradients(module.nets["sigmoid_60"], x, y)[0]
+    assert module.first["sigmoid_60"] == 0 and 0 < truth < 1e-30
+    assert module.norm_at_first_layer("sigmoid_60") == truth
+    assert module.norm_at_first_layer("residual_60") == module.first["residual_60"]
 
 
 def test_test_without_training(monkeypatch, tmp_path, capsys):

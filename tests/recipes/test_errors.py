@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written(name, capsys, monkeypatch, tmp_path):
     code, error = one_error([name, "--trainer.enable_progress_bar=false"], capsys)
     assert code == 2
     assert error.startswith(f"error: Not a directory: '{tmp_path}/runs/{name}")
-    assert "--trainer.logger.save_dir=DIR puts the runs elsewhere" in error
+    assert "--trainer.logger.save_dir=DIR names another" in error
     assert (tmp_path / "runs").read_text() == "a file"
 
 
@@ -156,7 +156,7 @@ def test_a_full_disk(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
     code, error = one_error(["digits", *BRIEF, "--trainer.enable_progress_bar=false"], capsys)
     assert code == 2
-    assert error.startswith("error: No space left on device: 'best.ckpt'; --trainer.logger.save_dir=DIR ")
+    assert error.startswith("error: No space left on device: 'best.ckpt'; if it is of the runs' folder, ")
 
 
 def test_traceback_on_request(monkeypatch):

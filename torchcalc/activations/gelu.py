@@ -64,6 +64,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
     Reference: Hendrycks, Gimpel 2016, arXiv:1606.08415.
 
+    >>> import torch
     >>> x = torch.tensor(0.0, requires_grad=True)
     >>> y = gelu(x)
     >>> y.backward()
@@ -73,7 +74,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if approximate == "none":
         return _gelu(input)
     if approximate != "tanh":
-        raise RuntimeError(f"approximate is {approximate!r}; it must be 'none' or 'tanh'")
+        raise RuntimeError(f"approximate argument must be either none or tanh, but it is {approximate!r}")
     return _gelu_tanh(input)
 
 

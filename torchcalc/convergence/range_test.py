@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ class RangeTest:
         smooth: float64 (n,), the losses smoothed by (2); nan beyond an explosion.
         suggestion: the rate where the smoothed loss falls fastest; nan if it falls nowhere.
         interval: the rates around it where it falls at least half as fast.
-        largest_stable: the largest rate before the loss rises again; nan if it falls nowhere.
+        largest_stable: the largest rate before the loss rises again, or is not finite; nan if it falls nowhere.
+        beyond: what the loss was seen to do beyond that: "rises", "is not finite", or nothing.
     """
 
     lrs: Tensor
@@ -65,17 +66,20 @@ class RangeTest:
     suggestion: float
     interval: tuple[float, float]
     largest_stable: float
+    beyond: Literal["", "rises", "is not finite"] = ""
 
     def __str__(self) -> str:
         if math.isnan(self.suggestion):
             return f"range test: no rate from {float(self.lrs[0]):.2g} to {float(self.lrs[-1]):.2g} lowers the loss"
         low, high = self.interval
-        rises = "at none that was tried it rises"
-        if self.largest_stable < float(self.lrs[-1]):
-            rises = f"beyond {self.largest_stable:.2g} it rises"
+        beyond = "at none that was tried it rises"
+        if self.beyond:
+            beyond = f"beyond {self.largest_stable:.2g} it {self.beyond}"
+        if self.beyond == "is not finite":
+            beyond += f", after {float(self.losses[self.losses.isfinite()][-1]):.3g}"
         return (
             f"range test: lr = {self.suggestion:.2g} (from {low:.2g} to {high:.2g} the loss falls at least half as fast; "
-            f"{rises})"
+            f"{beyond})"
         )
 
     def figure(self) -> Figure:
@@ -84,7 +88,7 @@ class RangeTest:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("figures need matplotlib: pip install 'torchcalc[recipes]'") from error
-        figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+        figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
         ax = figure.subplots()
         ax.plot(self.lrs, self.losses, ".", color="#999999", markersize=4, label="loss after the step")
         ax.plot(self.lrs, self.smooth, color="#0072B2", label="smoothed")
@@ -100,7 +104,7 @@ class RangeTest:
             room = max(high - low, 1e-12)
             ax.set_ylim(low - 0.15 * room, high + 0.35 * room)
         ax.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Range test")
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=10, frameon=False)
         return figure
 
 
@@ -109,7 +113,8 @@ def suggest(lrs: Sequence[float] | Tensor, losses: Sequence[float] | Tensor) -> 
 
     Args:
         lrs: (n,), n >= 5, positive and rising, about evenly in their logarithm.
-        losses: (n,), the loss after a step with each; what follows the first that is not finite does not count.
+        losses: (n,), the loss after a step with each; what follows the first that is not finite does not count. There inf
+            says that the loss rose, nan and -inf that it was not finite.
 
     Raises:
         ValueError: lengths that differ or are below 5; rates that are not positive and rising.
@@ -127,6 +132,9 @@ def suggest(lrs: Sequence[float] | Tensor, losses: Sequence[float] | Tensor) -> 
     loss = loss.clone()
     broken = (~loss.isfinite()).nonzero()
     n = int(broken[0]) if broken.numel() else loss.numel()
+    after: Literal["", "rises", "is not finite"] = ""
+    if broken.numel():
+        after = "rises" if float(loss[n]) == math.inf else "is not finite"
     loss[n:] = math.nan
     nothing = RangeTest(lr, loss, torch.full_like(loss, math.nan), math.nan, (math.nan, math.nan), math.nan)
     if n < 5:
@@ -136,7 +144,7 @@ def suggest(lrs: Sequence[float] | Tensor, losses: Sequence[float] | Tensor) -> 
     sigma = _noise(y)
     for h in WIDTHS:
         level, slope, error = _local_lines(s, y, h, sigma)
-        end = _explosion(level)
+        end = max(_explosion(level), int(y.argmin()))  # smoothing lets a steep rise begin too early
         doubtful = slope + DOUBT * error
         doubtful[: min(int((s < s[0] + h).sum()), end)] = math.inf  # a line that looks one way only
         steepest = int(doubtful[: end + 1].argmin())
@@ -152,7 +160,8 @@ def suggest(lrs: Sequence[float] | Tensor, losses: Sequence[float] | Tensor) -> 
         low -= 1
     while high < end and fall[high + 1] >= fall[steepest] / 2:
         high += 1
-    return RangeTest(lr, loss, smooth, float(lr[steepest]), (float(lr[low]), float(lr[high])), float(lr[end]))
+    interval = float(lr[low]), float(lr[high])
+    return RangeTest(lr, loss, smooth, float(lr[steepest]), interval, float(lr[end]), "rises" if end < n - 1 else after)
 
 
 def _noise(y: Tensor) -> float:
@@ -276,7 +285,7 @@ def range_test(
             now = evaluate(i + 1)
             losses[i] = float(now.detach()) - starts[(i + 1) % len(held)] + mean
             if _exploded(losses[: i + 1], mean, spread):
-                losses[i:] = math.nan
+                losses[i:] = math.inf if math.isfinite(losses[i]) else math.nan
                 break
     return suggest(lrs, losses)
 

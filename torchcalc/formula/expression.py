@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Expression", "Number", "Term", "maximum", "minimum", "where"]
+__all__ = ["Expression", "Number", "Term", "maximum", "minimum", "times", "where"]
 
 Number = float  # int too, as ever in Python
 Term = Any  # Tensor | Expression | Number: what formulas are made of
@@ -407,6 +407,16 @@ def minimum(a: Term, b: Term) -> Any:
     tensor([1., 2.])
     """
     return _extreme("minimum", a, b)
+
+
+def times(c: Term, s: Term) -> Any:
+    """c·s with 0·∞ = 0: what does not occur adds nothing to a sum over what may, however surprising it is.
+
+    >>> times(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([torch.inf, 1.0, torch.inf]))
+    tensor([0., 0., inf])
+    """
+    # Of 0·s itself, since a selection wherever c = 0 would hide from autograd that its derivative by c is s.
+    return where((c == 0) & (abs(s) == math.inf), 0, c * s)
 
 
 def _extreme(name: str, a: Term, b: Term) -> Any:

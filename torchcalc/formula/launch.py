@@ -59,7 +59,7 @@ def launch_value(formula: Formula, inputs: Sequence[Tensor], parameters: Sequenc
     n = x.numel()
     if n:
         tensors = [*inputs, y]
-        found = _find(formula, "value", tensors)
+        found = find(formula, "value", tensors)
         found.kernel.launch(x.device, -(-n // BLOCK), tensors, (n, *found.numbers(*parameters)))
     return y
 
@@ -83,7 +83,7 @@ def launch_product(
     out = torch.empty_like(g, dtype=dtype or (g if own is None else own).dtype)
     n = g.numel()
     if n:
-        found = _find(formula, index, [g, *saved, out])
+        found = find(formula, index, [g, *saved, out])
         tensors = [g, *(t for t in saved if t is not None), out]
         found.kernel.launch(g.device, -(-n // BLOCK), tensors, (n, *found.numbers(*parameters)))
     return out
@@ -102,14 +102,14 @@ def launch_loss(
     loss = torch.empty((), dtype=_result_type(inputs), device=x.device)
     if blocks <= 1:
         tensors = [*inputs, loss]
-        found = _find(formula, "loss", tensors)
+        found = find(formula, "loss", tensors)
         found.kernel.launch(x.device, 1, tensors, (n, scale, *found.numbers(*parameters)))
         return loss
     programs = min(blocks, PROGRAMS)
     partial = torch.empty(programs, dtype=torch.float64, device=x.device)
-    found = _find(formula, "partial", [*inputs, partial])
+    found = find(formula, "partial", [*inputs, partial])
     found.kernel.launch(x.device, programs, [*inputs, partial], (n, *found.numbers(*parameters)))
-    _total(loss.dtype).launch(x.device, 1, [partial, loss], (programs, scale))
+    total(loss.dtype).launch(x.device, 1, [partial, loss], (programs, scale))
     return loss
 
 
@@ -136,7 +136,7 @@ def launch_loss_product(
     out = torch.empty_like(x, dtype=dtype or (g if own is None else own).dtype)
     n = x.numel()
     if n:
-        found = _find(formula, (index,), [g, *saved, out])
+        found = find(formula, (index,), [g, *saved, out])
         tensors = [g, *(t for t in saved if t is not None), out]
         found.kernel.launch(x.device, -(-n // BLOCK), tensors, (n, scale, *found.numbers(*parameters)))
     return out
@@ -145,6 +145,7 @@ def launch_loss_product(
 class Launcher(NamedTuple):
     kernel: gpu.Kernel
     numbers: Any  # from the parameters to those numbers that elements use
+    block: int = BLOCK  # elements of one program
 
 
 #: By formula (held, so that its id stays its own), kind, and the tensors' dtypes and alignment.
@@ -152,7 +153,7 @@ _launchers: dict[Any, tuple[Formula, Launcher]] = {}
 _totals: dict[torch.dtype, gpu.Kernel] = {}
 
 
-def _find(formula: Formula, kind: Any, tensors: Sequence[Tensor | None]) -> Launcher:
+def find(formula: Formula, kind: Any, tensors: Sequence[Tensor | None]) -> Launcher:
     """The launcher for a kind of pass: "value", an index for a product, "loss", "partial", (index,) for a loss's product."""
     dtypes: list[torch.dtype | None] = []
     low = 0
@@ -254,7 +255,7 @@ def _stored(total: str, out: torch.dtype) -> str:
     return f"    tl.store(out, ({total}){wide}.to({TYPES[ELEMENTS[out]]}))"
 
 
-def _total(out: torch.dtype) -> gpu.Kernel:
+def total(out: torch.dtype) -> gpu.Kernel:
     """The sum of partial sums, times a number."""
     if out not in _totals:
         text = signature("total", {"partial": "*fp64", "out": f"*{ELEMENTS[out]}", "n": "i64", "scale": "fp64"}) + (

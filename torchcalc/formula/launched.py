@@ -5,7 +5,7 @@ What launches do not take, and what is differentiated again, goes by the formula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +13,27 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 
-from torchcalc.formula.launch import fits, launch_loss, launch_loss_product, launch_product, launch_value
+from torchcalc.formula.launch import (
+    PROGRAMS,
+    Launcher,
+    find,
+    fits,
+    launch_loss,
+    launch_loss_product,
+    launch_product,
+    launch_value,
+    total,
+)
+from torchcalc.native import gpu
+from torchcalc.native import pointwise as kernels
 
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
 __all__ = ["elementwise", "reduced"]
+
+#: Sets of parameters for which the nodes know kernels: a formula whose numbers change at every call goes through Python.
+MOST_ENTERED = 256
 
 
 def is_observed() -> bool:
@@ -64,8 +79,9 @@ def elementwise(formula: Formula) -> Callable[..., Tensor | None]:
         inputs = args[:n]
         if not fits(inputs) or is_observed() or any(x.dtype != inputs[0].dtype for x in inputs[1:]):
             return None
+        enter(formula, inputs[0], args[n:], _elementwise_kernels)
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            return Launched.apply(*args)  # type: ignore[no-any-return]
+            return Launched.apply(*args)
         return launch_value(formula, inputs, args[n:])
 
     return apply
@@ -113,7 +129,9 @@ def reduced(formula: Formula) -> Callable[..., Tensor | None]:
             return None
         if torch.is_grad_enabled() and weight is not None and weight.requires_grad:
             return None
-        return Launched.apply(scale, weight, *args)  # type: ignore[no-any-return]
+        if weight is None:
+            enter(formula, inputs[0], args[n:], _loss_kernels)
+        return Launched.apply(scale, weight, *args)
 
     return apply
 
@@ -135,3 +153,58 @@ def differentiable(
     x = next(iter(known.values()))  # all inputs are of this shape and dtype
     known = known | dict(zip(formula.parameters, numbers, strict=True))
     return gradients(formula, g, known, needed, [(x.shape, x.dtype)] * len(needed))
+
+
+_entered: set[Any] = set()
+
+
+def enter(formula: Formula, x: Tensor, numbers: Sequence[float], kernels_of: Callable[..., Iterator[Any]]) -> None:
+    """Compile the formula's kernels for x's dtype and device, and tell the nodes, which launch them from then on."""
+    key = formula.name, x.dtype, x.device, kernels_of, tuple(numbers)
+    place = kernels.index(formula)
+    if key in _entered or place < 0 or len(_entered) >= MOST_ENTERED or gpu.capturing(x.device):
+        return
+    _entered.add(key)
+    with torch.no_grad():
+        found = list(kernels_of(formula, x, numbers))
+    for where, kind, launcher, parameters in found:
+        handle = launcher.kernel.handle(x.device)
+        if handle is None:
+            return
+        given = tuple(map(float, parameters))
+        kernels.enter_launch(
+            place if where is None else where, kind, x.dtype, x.device.index, *handle, launcher.block, given,
+            launcher.numbers(*parameters),
+        )  # fmt: skip
+
+
+# The kinds of csrc/node/gpu.h. Each kernel is launched once here, over nothing that matters: that compiles it.
+VALUE, LOSS, PARTIAL, PRODUCT, LOSS_PRODUCT = 0, 1, 2, 8, 16
+TOTAL = 0xFFFF  # the place of the sum of partial sums, which is nobody's formula
+
+
+def _elementwise_kernels(formula: Formula, x: Tensor, numbers: Sequence[float]) -> Iterator[Any]:
+    one = torch.zeros(16, dtype=x.dtype, device=x.device)
+    inputs = [one] * len(formula.inputs)
+    launch_value(formula, inputs, numbers)
+    yield None, VALUE, find(formula, "value", [*inputs, one]), numbers
+    for i, product in enumerate(formula.products):
+        if product is not None:
+            saved = _used(formula, i, [*inputs, one])
+            launch_product(formula, i, one, saved, numbers)
+            yield None, PRODUCT + i, find(formula, i, [one, *saved, one]), numbers
+
+
+def _loss_kernels(formula: Formula, x: Tensor, numbers: Sequence[float]) -> Iterator[Any]:
+    g = torch.zeros((), dtype=x.dtype, device=x.device)
+    for kind, name, size in ((LOSS, "loss", 16), (PARTIAL, "partial", 1 << 14)):
+        inputs = [torch.zeros(size, dtype=x.dtype, device=x.device)] * len(formula.inputs)
+        launch_loss(formula, inputs, numbers)
+        out = g if kind == LOSS else torch.zeros((), dtype=torch.float64, device=x.device)
+        yield None, kind, find(formula, name, [*inputs, out]), numbers
+    for i, product in enumerate(formula.products):
+        if product is not None:
+            saved = _used(formula, i, inputs)
+            launch_loss_product(formula, i, g, saved, numbers, dtype=x.dtype)
+            yield None, LOSS_PRODUCT + i, find(formula, (i,), [g, *saved, inputs[0]]), numbers
+    yield TOTAL, VALUE, Launcher(total(x.dtype), lambda: (), PROGRAMS), ()

@@ -31,7 +31,7 @@ from torchcalc.autograd import Autocast, Function
 from torchcalc.formula import dispatch
 from torchcalc.formula.expression import Expression
 from torchcalc.losses.reduction import per_element, reduce, weighted
-from torchcalc.promotion import widen
+from torchcalc.promotion import autocasts, widen
 
 __all__ = ["FORMULAS", "Formula", "loss", "pointwise"]
 
@@ -159,6 +159,7 @@ def pointwise(
     *slopes: Callable[..., Any] | None,
     torch_value: Callable[..., Tensor] | None = None,
     autocast: Autocast = "off",
+    holomorphic: bool = True,
 ) -> Callable[..., Tensor]:
     """The differentiable function with this value and these slopes, broadcasting its inputs.
 
@@ -169,6 +170,7 @@ def pointwise(
         torch_value: torch's own operation of the same arguments, where there is one: it computes the value where no
             kernel does, integers and complex numbers too.
         autocast: see :class:`torchcalc.autograd.Function`.
+        holomorphic: whether the slope of a complex input is the complex derivative; else it is the gradient.
 
     Returns:
         A function of the inputs and then the parameters, all positional.
@@ -198,19 +200,21 @@ def pointwise(
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:n]
         known = formula.known(ctx.saved_tensors, ctx.numbers)
-        grads = gradients(formula, grad_output, known, needed, ctx.inputs)
+        grads = gradients(formula, grad_output, known, needed, ctx.inputs, holomorphic)
         return *grads, *(None for _ in ctx.numbers)
 
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         shape, dtype = ctx.output
-        return change(formula, tangents[:n], ctx.saved_tensors, ctx.numbers).expand(shape).to(dtype)
+        dy = change(formula, tangents[:n], ctx.saved_tensors, ctx.numbers, conjugate=not holomorphic)
+        return (dy.real if dy.is_complex() and not dtype.is_complex else dy).expand(shape).to(dtype)
 
     return dispatch.elementwise(formula, _function(formula, autocast, forward, setup_context, backward, jvp))
 
 
 def _function(formula: Formula, autocast: Autocast, *methods: Callable[..., Any]) -> Callable[..., Tensor]:
     members = {f.__name__: staticmethod(f) for f in methods}
-    return type(formula.name, (Function,), {"autocast": autocast, **members}).apply
+    function: type[Function] = type(formula.name, (Function,), {"autocast": autocast, **members})
+    return function.apply
 
 
 def gradients(
@@ -291,12 +295,13 @@ def loss(
         y = dispatch.total(formula, inputs, None, reduction, False, numbers)
         if y is not None:
             return y
+        enum = _reduction.get_enum(reduction)  # raises if there is no such reduction
         dtypes = {x.dtype for x in inputs}
         if torch_value and len(dtypes) > 1:  # torch's own choice of a dtype
-            return torch_value(*inputs, _reduction.get_enum(reduction), *numbers)
+            return torch_value(*inputs, enum, *numbers)
         wide = [widen(x) for x in inputs]
         if torch_value:
-            y = torch_value(*wide, _reduction.get_enum(reduction), *numbers)
+            y = torch_value(*wide, enum, *numbers)
         else:
             y = reduce(formula.on_tensors(*wide, *numbers), reduction)
         dtype = functools.reduce(torch.promote_types, dtypes)
@@ -310,7 +315,8 @@ def loss(
         ctx.dtype = output.dtype
 
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        g = per_element(widen(grad_output), ctx.reduction, ctx.shape.numel())
+        # In the loss's shape, which the slopes need not have where inputs were broadcast.
+        g = per_element(widen(grad_output), ctx.reduction, ctx.shape.numel()).expand(ctx.shape)
         needed = ctx.needs_input_grad[:n]
         known = formula.known(ctx.saved_tensors, ctx.numbers)
         grads = gradients(formula, g, known, needed, ctx.inputs, holomorphic=False)
@@ -328,6 +334,9 @@ def loss(
         numbers = args[n + 3 :]
         if weight is None:
             return function(*inputs, reduction, *numbers)
-        return weighted(function(*inputs, "none", *numbers), weight, reduction, by_weight)
+        result = weighted(function(*map(widen, inputs), "none", *numbers), widen(weight), reduction, by_weight)
+        if autocasts(result):
+            return result
+        return result.to(functools.reduce(torch.promote_types, (x.dtype for x in (*inputs, weight))))  # rounded once
 
     return dispatch.reduced(formula, apply)

@@ -59,7 +59,7 @@ def new_sheet(width: float, height: float) -> tuple[Figure, Any]:
     return figure, ax
 
 
-def write(ax: Axes, x: float, y: float, text: str, size: float = 8, **style: Any) -> None:
+def write(ax: Axes, x: float, y: float, text: str, size: float = 10, **style: Any) -> None:
     """Write on a sheet, centred at a point unless ha= or va= say otherwise."""
     ax.text(x, y, text, fontsize=size, **({"ha": "center", "va": "center", "color": INK} | style))
 
@@ -68,10 +68,10 @@ def quiet(ax: Axes) -> None:
     """Draw the frame and the ticks thin and grey: the data are what matters."""
     for spine in ax.spines.values():
         spine.set(color="#BBBBBB", linewidth=0.8)
-    ax.tick_params(color="#BBBBBB", labelcolor=INK, labelsize=8)
-    ax.title.set(color=INK, fontsize=10)
-    ax.xaxis.label.set(color=INK, fontsize=9)
-    ax.yaxis.label.set(color=INK, fontsize=9)
+    ax.tick_params(color="#BBBBBB", labelcolor=INK, labelsize=10)
+    ax.title.set(color=INK, fontsize=12)
+    ax.xaxis.label.set(color=INK, fontsize=11)
+    ax.yaxis.label.set(color=INK, fontsize=11)
 
 
 def pixels(figure: Figure) -> Any:

@@ -51,7 +51,7 @@ class DepthInstrument(Instrument):
     centre: float | None = None
 
     def __init__(
-        self, *, every_n_steps: int | None = None, max_layers: int = 16, columns: int = 400, budget: float | None = 0.01
+        self, *, every_n_steps: int | None = None, max_layers: int = 7, columns: int = 400, budget: float | None = 0.01
     ) -> None:
         super().__init__(every_n_steps=every_n_steps, budget=budget)
         check_at_least_one("max_layers", max_layers)
@@ -108,8 +108,8 @@ class GradientFlow(DepthInstrument):
 
     Args:
         every_n_steps: measure once every n batches that step, >= 1; None: the trainer's ``log_every_n_steps``.
-        max_layers: draw curves of at most so many layers, >= 1, evenly spaced in depth, the first and the last included.
-            The heat map has them all.
+        max_layers: draw curves of at most so many layers, >= 1, evenly spaced in depth, the first and the last included: 7
+            is how many colours TensorBoard's charts have. The heat map has them all.
         columns: of the heat map, >= 2: at most so many measurements are kept, evenly spaced in time.
         budget: share of the training time that drawing after an epoch may take, in (0, 1); None: draw after every epoch.
             At the end it is drawn in any case.
@@ -121,7 +121,7 @@ class GradientFlow(DepthInstrument):
     In a YAML: ``- class_path: torchcalc.instruments.GradientFlow``.
 
     >>> GradientFlow(every_n_steps=10).max_layers
-    16
+    7
     """
 
     group, title = "gradient_norm", "gradient norm"

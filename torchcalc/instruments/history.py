@@ -101,7 +101,8 @@ class DepthHistory:
         colours = colours.with_extremes(under="black", over="#FF00FF", bad="#D5D5D5")
         names = _short(layers)
         width, height = 8.0, 4.5
-        left, right, bottom, top = 0.2 + 0.065 * max(map(len, names)), width - 0.85, 0.55, height - 0.4
+        size = 10 if len(names) <= 20 else 8
+        left, right, bottom, top = 0.2 + 0.0085 * size * max(map(len, names)), width - 1.0, 0.6, height - 0.4
         figure, ax = new_sheet(width, height)
         edges = _edges(self.steps)
         x = [left + (right - left) * (edge - edges[0]) / (edges[-1] - edges[0]) for edge in edges]
@@ -113,8 +114,8 @@ class DepthHistory:
         ramp = torch.linspace(low, high, 256)[:, None].numpy()
         ax.pcolormesh((right + 0.15, right + 0.3), torch.linspace(bottom, top, 257).numpy(), ramp, **mesh)
         ax.set(xlim=(0, width), ylim=(0, height))
-        write(ax, (left + right) / 2, height - 0.2, title, 10)
-        write(ax, (left + right) / 2, 0.15, "step", 9)
+        write(ax, (left + right) / 2, height - 0.2, title, 12)
+        write(ax, (left + right) / 2, 0.15, "step", 11)
         kinds = (
             ("infinite", "#FF00FF", table.isinf()),
             ("zero", "black", table == 0),
@@ -124,15 +125,14 @@ class DepthHistory:
         for words, colour, there in kinds:
             if there.any():
                 write(ax, at, 0.15, words, ha="right")
-                at -= 0.2 + 0.065 * len(words)
+                at -= 0.2 + 0.08 * len(words)
                 ax.add_patch(Rectangle((at, 0.1), 0.1, 0.1, color=colour, linewidth=0))
                 at -= 0.15
         for step in MaxNLocator(5, integer=True).tick_values(self.steps[0], self.steps[-1]):
             if edges[0] <= step <= edges[-1]:
                 at = left + (right - left) * (step - edges[0]) / (edges[-1] - edges[0])
-                write(ax, at, bottom - 0.12, f"{step:.0f}")
-        size = 8 if len(names) <= 20 else 6
-        for i in range(0, len(names), max(1, math.ceil(len(names) / 32))):
+                write(ax, at, bottom - 0.14, f"{step:.0f}")
+        for i in range(0, len(names), max(1, math.ceil(len(names) / 28))):
             write(ax, left - 0.08, top - (top - bottom) * (i + 0.5) / len(names), names[i], size, ha="right")
         for n in range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 5))):
             at = bottom + (top - bottom) * (n - low) / (high - low)

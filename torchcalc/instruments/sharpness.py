@@ -137,7 +137,7 @@ def largest_stable(limit: Callable[[float], float], lr: float, near: float = 1.0
 
 
 class Sharpness(Instrument):
-    """Curves of the sharpness and its threshold, and of the learning rate and its limit, for one chart each.
+    """Curves of the sharpness, with its threshold and by itself, and of the learning rate and its limit, a chart for each.
 
     ``sharpness/lambda`` and ``sharpness/threshold``: training is unstable while the former is above the latter.
     ``sharpness/lr`` and ``sharpness/lr_limit``: the same in terms of the learning rate. They are of the loss of one fixed
@@ -207,6 +207,7 @@ class Sharpness(Instrument):
     def charts(self) -> list[Chart]:
         return [
             ("sharpness", "sharpness λ and its threshold", ["^sharpness/(lambda|threshold)$"]),
+            ("sharpness", "sharpness λ", ["^sharpness/lambda$"]),  # a threshold far above would flatten it
             ("sharpness", "learning rate and its limit", ["^sharpness/lr(_limit)?$"]),
         ]
 

@@ -79,7 +79,7 @@ class UpdateRatio(DepthInstrument):
     group, title, centre = "update_ratio", "update / weight", 1e-3
 
     def __init__(
-        self, *, every_n_steps: int | None = None, max_layers: int = 16, columns: int = 400, budget: float | None = 0.01
+        self, *, every_n_steps: int | None = None, max_layers: int = 7, columns: int = 400, budget: float | None = 0.01
     ) -> None:
         super().__init__(every_n_steps=every_n_steps, max_layers=max_layers, columns=columns, budget=budget)
         self.before: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}

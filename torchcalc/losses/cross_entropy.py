@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
 from torchcalc.autograd import Function
 from torchcalc.losses.reduction import resolve
@@ -105,7 +106,37 @@ def slope_x(x: Tensor, q: Distribution, r: Tensor) -> Tensor:
     grad = p * (r * (q.hard + smooth))
     if isinstance(q.smooth, Tensor) or q.smooth:
         grad = grad - r * q.smooth
-    return grad if q.classes is None else grad.scatter_add_(dim, q.classes, -r * q.hard)  # (3)
+    if q.classes is None:
+        return grad
+    if is_known(q.counts):
+        grad = grad.scatter_add_(dim, q.classes, -r * q.hard)  # (3)
+        return grad if q.counts.all() else torch.where(q.counts != 0, grad, 0)
+    # Where operations are fused, a comparison is part of the loop, and a scatter ends it.
+    here = (
+        torch.arange(x.shape[dim], device=x.device).view([-1 if i == dim else 1 for i in range(x.dim())]) == q.classes
+    )
+    grad = grad - torch.where(here, r * q.hard, 0)  # (3)
+    return torch.where(q.counts != 0, grad, 0)  # 0 also where an ignored sample's logits are infinite or NaN
+
+
+def is_known(x: Tensor) -> bool:
+    """Whether x's numbers can be looked at for nothing: not while it is traced or transformed, nor on a GPU."""
+    return x.is_cpu and type(x) is Tensor and not _are_functorch_transforms_active() and not _len_torch_dispatch_stack()
+
+
+def careful(x: Tensor, q: Distribution) -> Tensor:
+    """(1) of each sample, where 0·∞ = 0: an impossible class that is not asked for costs nothing."""
+    dim = class_dim(x)
+    z = torch.log_softmax(widen(x), dim)
+    ell = torch.zeros((), dtype=z.dtype, device=z.device)
+    if isinstance(q.smooth, Tensor) or q.smooth:
+        smooth = torch.as_tensor(q.smooth, dtype=z.dtype, device=z.device)
+        ell = ell - torch.where(smooth == 0, 0, smooth * z).sum(dim, keepdim=True)
+    if q.classes is not None:
+        hard = torch.as_tensor(q.hard, dtype=z.dtype, device=z.device)
+        ell = ell - torch.where(hard == 0, 0, hard * z.gather(dim, q.classes))
+        ell = torch.where(q.counts != 0, ell, 0)
+    return ell.squeeze(dim)
 
 
 def slope_t(x: Tensor, w: Tensor | None, smoothing: float) -> Tensor:
@@ -141,6 +172,9 @@ class CrossEntropyFunction(Function):
         loss = F.cross_entropy(
             widen(x), t, widen(w), ignore_index=ignore_index, reduction=summed, label_smoothing=smoothing
         )
+        if (probabilities or smoothing) and (not is_known(loss) or loss.isnan().any()):
+            loss = careful(x, distribution(x, target, w, ignore_index, smoothing))
+            loss = loss.sum() if summed == "sum" else loss
         if reduction == "mean":
             loss = loss / normalizer(x, target, w, ignore_index, reduction)
         return loss.to(_result_dtype(x, target, w))

@@ -6,17 +6,14 @@ libtorchcalc        csrc/*.cpp, and the loops that torchcalc.formula.generate wr
 libtorchcalc_nodes  csrc/node/*.cpp: autograd's nodes, a Python module against torch's ordinary C++ headers. It serves the
                     one version of torch and of Python that it was built with, and nothing but speed is lost without it.
 
-They lie beside this file, or in the user's cache directory where that is not writable. Their names carry a hash of the
-sources and the platform: what was built from other sources is never loaded. The generated loops are hashed apart, for each of
-them knows the formula that it was made from, and the runtime compares them one by one.
-
-The build hook loads this file by its path, before torchcalc can be imported: it imports the standard library alone.
+`files` says what they are called and where they lie. What was compiled in a checkout is kept in its build/objects, so that a
+changed formula costs the compilation of its own file. The standard library is imported alone: the build hook calls this before
+torchcalc can be imported.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -26,160 +23,32 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import site
 import stat
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-__all__ = ["BuildError", "build", "damage", "danger", "directories", "nodes_name", "pattern", "source_hash"]
+from torchcalc.native import files
+from torchcalc.native.processes import Failed, Job, cleaning_up, run
 
-PACKAGE = Path(__file__).resolve().parent
-SOURCES = PACKAGE / "csrc"
-NODES = SOURCES / "node"
-OLDEST_TORCH = (2, 10)
+__all__ = ["BuildError", "build", "build_what_is_missing", "compiler", "torch_directory", "torch_version"]
 
-_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fno-math-errno",  # sqrt is the instruction
-    "-fno-trapping-math",  # both sides of a select may be computed
-    "-ffp-contract=off",  # a·b + c is rounded twice unless the source says fma: results do not depend on the compiler
-    "-Wall",
-    "-Wextra",
-    f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000ULL",
-]
-_NODE_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
 class BuildError(Exception):
     """The kernels cannot be built here. The message says why, and what to do about it."""
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
-
-
-def _hash(flags: list[str], files: Iterable[tuple[str, bytes]]) -> str:
-    digest = hashlib.sha256(repr(flags).encode())
-    for name, content in sorted(files):
-        digest.update(name.encode() + b"\0" + content + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def source_hash() -> str:
-    """Identifies what the kernels are built from, generated loops left aside: csrc and the compiler's options.
-
-    >>> len(source_hash())
-    16
-    """
-    files = [path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h")]
-    return _hash(_FLAGS, ((path.name, path.read_bytes()) for path in files))
-
-
-def node_hash() -> str:
-    """The same of the nodes: csrc/node, what it includes from csrc, and the compiler's options."""
-    found: dict[Path, bytes] = {}
-    new = [path for path in NODES.iterdir() if path.suffix in (".cpp", ".h")]
-    while new:
-        path = new.pop()
-        found[path] = path.read_bytes()
-        for name in re.findall(rb'^\s*#\s*include\s+"([^"]+)"', found[path], flags=re.MULTILINE):
-            for folder in (path.parent, SOURCES):  # as the compiler looks for it
-                header = (folder / name.decode()).resolve()
-                if header.is_file() and header not in found:
-                    new.append(header)
-    return _hash(_NODE_FLAGS, ((os.path.relpath(path, SOURCES), content) for path, content in found.items()))
-
-
-def _platform() -> str:
-    suffix = ".dylib" if sys.platform == "darwin" else ".so"
-    return re.sub(r"\W", "_", sysconfig.get_platform()) + suffix
-
-
-def pattern() -> str:
-    """What libraries of these sources are called on this platform, whatever formulas they were generated from."""
-    return f"libtorchcalc-{source_hash()}-*-{_platform()}"
-
-
-def library_name(generated: dict[str, str]) -> str:
-    """The library's file name with these generated files."""
-    return pattern().replace("*", _hash([], ((name, text.encode()) for name, text in generated.items())))
-
-
-def nodes_name(torch_version: str) -> str:
-    """The file name of the nodes for that torch and this Python."""
-    version = re.sub(r"[^\w.]", "_", torch_version)
-    python = (sys.implementation.cache_tag or "unknown").replace("-", "")
-    return f"libtorchcalc_nodes-{node_hash()}-torch{version}-{python}-{_platform()}"
-
-
-# --- places -----------------------------------------------------------------------------------------------------------
-
-
-def directories() -> list[Path]:
-    """Where the library may lie, in this order: the installed package, then the user's cache."""
-    home = Path(os.path.expanduser("~"))
-    cache = Path(
-        os.environ.get("XDG_CACHE_HOME") or home / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    )
-    return [PACKAGE, *([cache / "torchcalc"] if cache.is_absolute() else [])]  # without a home "~" stays "~"
-
-
-def danger(path: Path) -> str:
-    """Why a library in this file or directory could be a stranger's, and what to do about it; empty if it could not.
-
-    Loading a library runs its code. In the package it must be as hard to replace as the Python beside it; elsewhere nobody
-    but the user and root may own it, or write to it.
-    """
-    if not hasattr(os, "getuid"):
-        return ""
-    status, own = path.stat(), Path(__file__).stat()
-    inside = PACKAGE in (path, path.parent)
-    if status.st_uid not in {os.getuid(), 0, *([own.st_uid] if inside else [])}:
-        return (
-            f"{path} belongs to another user (uid {status.st_uid}). "
-            "Remove it, or set XDG_CACHE_HOME to a directory of yours."
-        )
-    forbidden = stat.S_IWOTH & ~own.st_mode if inside else stat.S_IWOTH | stat.S_IWGRP
-    if status.st_mode & forbidden:
-        mode = f"{status.st_mode & 0o7777:o}"
-        return f"{path} can be written by others than you (mode {mode}). Run `chmod go-w {shlex.quote(str(path))}`."
-    return ""
-
-
-def _hash_file(library: Path) -> Path:
-    return library.with_name(library.name + ".sha256")
-
-
-def damage(library: Path) -> str:
-    """What is wrong with the library's content; empty if it is what the build wrote.
-
-    Mapping a file that was cut short would end the process.
-    """
-    try:
-        expected = _hash_file(library).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return f"{_hash_file(library)} cannot be read, which holds the hash of the library's content"
-    if hashlib.sha256(library.read_bytes()).hexdigest() != expected:
-        return f"{library} is damaged: its content is not what the build has written"
-    return ""
-
-
-def _writable(places: list[Path], remedy: str, refused: Callable[[Path], str] = danger) -> Path:
+def _writable(places: list[Path], remedy: str, refused: Callable[[Path], str]) -> Path:
     reasons = []
     for directory in places:
         try:
-            directory.mkdir(mode=0o755 if directory == PACKAGE else 0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o755 if directory == files.PACKAGE else 0o700, parents=True, exist_ok=True)
         except OSError as error:
             reasons.append(f"cannot write to {directory} ({error.strerror})")
             continue
@@ -190,95 +59,6 @@ def _writable(places: list[Path], remedy: str, refused: Callable[[Path], str] = 
         else:
             return directory
     raise BuildError(f"{'; '.join(reasons)}; {remedy}.")
-
-
-# --- running commands -------------------------------------------------------------------------------------------------
-
-
-class _Job(NamedTuple):
-    command: list[str]
-    optional: bool = False
-    environment: dict[str, str] | None = None
-
-
-class _Failed(Exception):
-    """A command failed."""
-
-    def __init__(self, command: list[str], status: int, output: str) -> None:
-        super().__init__(command, status, output)
-        self.command, self.status, self.output = command, status, output
-
-
-# Signals that came while a build runs. It looks where it waits, and stops there: an exception out of a signal handler
-# could come between the start of a process and the note that it runs.
-_signals: list[int] = []
-
-
-def _stop_if_told() -> None:
-    if _signals:
-        raise KeyboardInterrupt if _signals[0] == signal.SIGINT else SystemExit(128 + _signals[0])
-
-
-@contextlib.contextmanager
-def _cleaning_up() -> Iterator[None]:
-    """A build that is told to stop, by Ctrl-C, SIGTERM or SIGHUP, first removes what it has begun."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    unhandled = (signal.SIG_DFL, signal.default_int_handler)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    ours = {number: handler for number, handler in before.items() if handler in unhandled}
-    _signals.clear()
-    for number in ours:
-        signal.signal(number, lambda number, _: _signals.append(number))
-    try:
-        yield
-        _stop_if_told()
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
-        _signals.clear()
-
-
-def _run(jobs: list[_Job], work: Path) -> _Failed | None:
-    """Runs commands in that directory, one on each processor at a time.
-
-    Returns the failure of an optional one; raises another's.
-    """
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting, failed = list(enumerate(jobs))[::-1], None
-    running: dict[subprocess.Popen[bytes], tuple[_Job, Path]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < processors:
-                number, job = waiting.pop()
-                if job.optional and failed:
-                    continue
-                log = work / f"{number}.log"
-                # What a compiler leaves behind goes with our directory, and its children end with it.
-                environment = {**os.environ, "TMPDIR": str(work), **(job.environment or {})}
-                with log.open("wb") as file:
-                    process = subprocess.Popen(
-                        job.command, stdout=file, stderr=file, cwd=work, env=environment, start_new_session=True
-                    )
-                running[process] = job, log
-            time.sleep(0.02)
-            _stop_if_told()
-            for process in [process for process in running if process.poll() is not None]:
-                job, log = running.pop(process)
-                if process.returncode != 0:
-                    failed = _Failed(job.command, process.returncode, log.read_text(errors="replace"))
-                    if not job.optional:
-                        raise failed
-    finally:
-        for process in running:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-    return failed
-
-
-# --- tools ------------------------------------------------------------------------------------------------------------
 
 
 def compiler() -> list[str]:
@@ -311,10 +91,10 @@ def torch_directory() -> Path:
             "torch is not installed in this environment. Install it, then run `python -m torchcalc build`."
         )
     version = re.match(r"(\d+)\.(\d+)", torch_version(directory))
-    if version and (int(version[1]), int(version[2])) < OLDEST_TORCH:
+    if version and (int(version[1]), int(version[2])) < files.OLDEST_TORCH:
         raise BuildError(
             f"torch {version[1]}.{version[2]} has no stable ABI to build against; "
-            f"install torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}."
+            f"install torch >= {files.OLDEST_TORCH[0]}.{files.OLDEST_TORCH[1]}."
         )
     if not (directory / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
         raise BuildError(f"the torch in {directory} came without its C++ headers; reinstall it from a wheel.")
@@ -341,12 +121,14 @@ def generate(work: Path) -> dict[str, str]:
     elsewhere = [str(torch_directory().parent), *sys.path]  # what torch needs lies beside it, or where we see it
     result = work / "generated.json"
     command = [sys.executable, "-P", "-c", _GENERATE, str(result), *elsewhere]
-    environment = {"PYTHONPATH": str(PACKAGE.parents[1]), "TORCHCALC_NATIVE": "0"}
+    environment = {"PYTHONPATH": str(files.PACKAGE.parents[1]), "TORCHCALC_NATIVE": "0"}
     try:
-        _run([_Job(command, environment=environment)], work)
-    except _Failed as failure:
+        run([Job(command, environment=environment)], work)
+    except Failed as failure:
         last = (failure.output.strip().splitlines() or ["no message"])[-1]
-        raise BuildError(f"no loops could be generated from the formulas in {PACKAGE.parent}: {last}") from failure
+        raise BuildError(
+            f"no loops could be generated from the formulas in {files.PACKAGE.parent}: {last}"
+        ) from failure
     texts: dict[str, str] = json.loads(result.read_text(encoding="utf-8"))
     return texts
 
@@ -354,7 +136,7 @@ def generate(work: Path) -> dict[str, str]:
 # --- compiling --------------------------------------------------------------------------------------------------------
 
 
-def _why(failed: _Failed) -> str:
+def _why(failed: Failed) -> str:
     lines = failed.output.strip().splitlines()
     errors = [line for line in lines if "error" in line] or lines[-5:]
     standard = next((flag[len("-std=c++") :] for flag in failed.command if flag.startswith("-std=")), "17")
@@ -368,90 +150,132 @@ def _why(failed: _Failed) -> str:
 def _compile(kernels: Path | None, nodes: Path | None, generated: dict[str, str], sanitize: bool, work: Path) -> str:
     """Writes the libraries that are given; returns why the nodes could not be built, or an empty string."""
     cxx, torch = compiler(), torch_directory()
-    sanitizers = _SANITIZERS if sanitize else []
-    include = ["-I", str(SOURCES), "-isystem", str(torch / "include")]
-    compiling: list[_Job] = []
-    objects: dict[Path, list[str]] = {}
+    sanitizers = SANITIZERS if sanitize else []
+    include = ["-I", str(files.SOURCES), "-isystem", str(torch / "include")]
+    compiling: dict[str, Job] = {}  # by the object's name
+    objects: dict[Path, list[str]] = {}  # of each library
 
-    def add(library: Path, files: Iterable[Path], flags: list[str]) -> None:
-        for path in files:
-            objects.setdefault(library, []).append(f"{path.parent.name}-{path.stem}.o")
-            command = [*cxx, *flags, "-c", str(path), "-o", objects[library][-1]]
-            compiling.append(_Job(command, optional=library == nodes))
+    def add(library: Path, sources: Iterable[Path], *flags: str) -> None:
+        for path in sources:
+            name = f"{path.parent.name}-{path.stem}.o"
+            objects.setdefault(library, []).append(name)
+            # Only where it is asked for: it changes with every source.
+            told = [f'-DTORCHCALC_SOURCE_HASH="{files.source_hash()}"'] if path.stem == "library" else []
+            command = [*cxx, *flags, *told, *include, "-c", str(path), "-o", name]
+            compiling[name] = Job(command, optional=library == nodes)
 
     # The longest first, so that no processor waits for one at the end: torch's headers take 20 s, else the length tells.
     if nodes:
-        api = str(torch / "include" / "torch" / "csrc" / "api" / "include")
+        api = torch / "include" / "torch" / "csrc" / "api" / "include"
         python = sysconfig.get_paths()["include"]
-        add(nodes, sorted(NODES.glob("*.cpp")), [*_NODE_FLAGS, *include, "-isystem", api, "-isystem", python])
+        add(nodes, sorted(files.NODES.glob("*.cpp")), *files.NODE_FLAGS, "-isystem", str(api), "-isystem", python)
     if kernels:
         (work / "generated").mkdir()
         for name, text in generated.items():
             (work / "generated" / name).write_text(text, encoding="utf-8")
-        files = [*SOURCES.glob("*.cpp"), *(Path("generated", name) for name in generated if name.endswith(".cpp"))]
-        files.sort(key=lambda path: (-(work / path).stat().st_size, path))
-        add(kernels, files, [*_FLAGS, *sanitizers, f'-DTORCHCALC_SOURCE_HASH="{source_hash()}"', *include])
+        sources = [*files.SOURCES.glob("*.cpp"), *(Path("generated", x) for x in generated if x.endswith(".cpp"))]
+        sources.sort(key=lambda path: (-(work / path).stat().st_size, path))
+        add(kernels, sources, *files.FLAGS, *sanitizers)
     if sys.platform == "darwin":  # torch's libraries have @rpath names, and are loaded before ours
-        link = ["-dynamiclib", "-undefined", "dynamic_lookup"]
+        link, node_link = ["-dynamiclib", "-undefined", "dynamic_lookup"], []
     else:
         link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-pthread"]
+        node_link = ["-ltorch_python", "-lc10", "-ldl"]
     try:
-        failed = _run(compiling, work)
-        linking = []
-        for library in objects:
-            if library == nodes and failed:
-                continue
-            command = [*cxx, *sorted(objects[library]), "-o", str(library), *sanitizers[:1], *link]
-            if library == nodes and sys.platform != "darwin":
-                command += ["-ltorch_python", "-lc10"]
-            linking.append(_Job(command, optional=library == nodes))
-        failed = _run(linking, work) or failed
+        failed = _compile_what_changed(compiling, work, _identity(cxx, torch))
+        linking = [
+            Job(
+                [
+                    *cxx,
+                    *sorted(names),
+                    "-o",
+                    str(library),
+                    *sanitizers[:1],
+                    *link,
+                    *(node_link if library == nodes else []),
+                ],
+                optional=library == nodes,
+            )
+            for library, names in objects.items()
+            if not (library == nodes and failed)
+        ]
+        failed = run(linking, work) or failed
     except OSError as error:
         raise BuildError(f"{cxx[0]} could not be run ({error}); set $CXX to a C++17 compiler.") from error
-    except _Failed as error:
+    except Failed as error:
         raise BuildError(_why(error)) from error
     return _why(failed) if failed else ""
 
 
-def _publish(content: bytes, path: Path, mode: int = 0o644) -> None:
-    """Written under another name and renamed: whoever looks, or has the old file mapped, sees either file whole."""
-    handle, name = tempfile.mkstemp(prefix=".libtorchcalc-", suffix=".tmp", dir=path.parent)
+def _store() -> Path | None:
+    """Where a checkout keeps what was compiled; `make clean` empties it. An installed package keeps nothing."""
+    root = files.PACKAGE.parents[1]
+    return root / "build" / "objects" if (root / "pyproject.toml").is_file() else None
+
+
+def _identity(cxx: list[str], torch: Path) -> str:
+    """Another compiler and another torch give another text."""
+    tools = [Path(path).stat() for path in map(shutil.which, cxx) if path]  # `ccache g++` are two
+    return f"{[(tool.st_size, tool.st_mtime_ns) for tool in tools]} {torch} {torch_version(torch)}"
+
+
+def _compile_what_changed(jobs: dict[str, Job], work: Path, tools: str) -> Failed | None:
+    """As `run`, with what is kept from builds of the same texts, headers, options, compiler and torch."""
+    store = _store()
+    if store is None:
+        return run(list(jobs.values()), work)
+    common = [tools]
+    for folder in (files.SOURCES, files.NODES, work / "generated"):
+        common += [f"{path.name}\0{path.read_text(encoding='utf-8')}" for path in sorted(folder.glob("*.h"))]
+    kept: dict[str, Path] = {}
+    for name, job in jobs.items():
+        source = work / job.command[job.command.index("-c") + 1]
+        parts = [*common, *job.command, source.read_text(encoding="utf-8")]
+        kept[name] = store / (hashlib.sha256("\0\0".join(parts).encode()).hexdigest() + ".o")
+    new = {name: job for name, job in jobs.items() if not kept[name].is_file()}
+    for name in jobs.keys() - new.keys():
+        shutil.copyfile(kept[name], work / name)
+        os.utime(kept[name])
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, mode)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        return run(list(new.values()), work)
+    finally:
+        store.mkdir(parents=True, exist_ok=True)
+        for path in store.iterdir():
+            if path.stat().st_mtime < time.time() - 14 * 86400:
+                path.unlink(missing_ok=True)
+        for name in new:
+            if (work / name).is_file():  # a compiler that fails removes its own
+                files.publish((work / name).read_bytes(), kept[name])
 
 
 def _install(built: Path, library: Path) -> None:
     content = built.read_bytes()
-    _publish(hashlib.sha256(content).hexdigest().encode() + b"\n", _hash_file(library))  # first: no library without it
-    _publish(content, library, 0o755)
+    # First the hash: no library is seen without it.
+    files.publish(hashlib.sha256(content).hexdigest().encode() + b"\n", files.hash_file(library))
+    files.publish(content, library, 0o755)
 
 
 def _remove_stale(kernels: Path) -> None:
     """Removes from the package what no torch will load any more. Nodes for another torch stay."""
-    for path in PACKAGE.glob("libtorchcalc*"):
+    for path in files.PACKAGE.glob("libtorchcalc*"):
         library = path.with_suffix("") if path.suffix == ".sha256" else path
-        current = library == kernels or library.name.startswith(f"libtorchcalc_nodes-{node_hash()}-")
-        if library.name.split("-")[-1] == _platform() and not current:
+        current = library == kernels or library.name.startswith(f"libtorchcalc_nodes-{files.node_hash()}-")
+        if library.name.split("-")[-1] == files.platform() and not current:
             path.unlink(missing_ok=True)
 
 
 def _tell_pip() -> None:
     """Notes the libraries in RECORD, where the package came from a wheel: `pip uninstall` removes what stands there."""
-    for record in PACKAGE.parents[1].glob("torchcalc-*.dist-info/RECORD"):
+    packages = files.PACKAGE.parents[1]
+    for record in packages.glob("torchcalc-*.dist-info/RECORD"):
         with record.open(newline="") as file:
             rows = [row for row in csv.reader(file) if not row[:1] or "/libtorchcalc" not in row[0]]
-        for path in sorted(PACKAGE.glob("libtorchcalc*")):
+        for path in sorted(files.PACKAGE.glob("libtorchcalc*")):
             digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
-            rows.append([path.relative_to(PACKAGE.parents[1]).as_posix(), f"sha256={digest}", str(path.stat().st_size)])
+            rows.append([path.relative_to(packages).as_posix(), f"sha256={digest}", str(path.stat().st_size)])
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
-        _publish(text.getvalue().encode(), record, stat.S_IMODE(record.stat().st_mode))
+        files.publish(text.getvalue().encode(), record, stat.S_IMODE(record.stat().st_mode))
 
 
 def _say(problem: str) -> None:
@@ -482,16 +306,16 @@ def build(
     if output:
         directory = _writable([output.absolute()], "name another directory with --output", lambda _: "")
     else:
-        directory = _writable(directories(), "set XDG_CACHE_HOME to a directory that is writable")
-    with _cleaning_up(), tempfile.TemporaryDirectory(prefix="torchcalc-build-") as name:
+        directory = _writable(files.directories(), "set XDG_CACHE_HOME to a directory that is writable", files.danger)
+    with cleaning_up(), tempfile.TemporaryDirectory(prefix="torchcalc-build-") as name:
         work = Path(name)
         generated = generate(work)
-        kernels = directory / library_name(generated)
-        nodes = directory / nodes_name(torch_version(torch_directory()))
+        kernels = directory / files.library_name(generated)
+        nodes = directory / files.nodes_name(torch_version(torch_directory()))
         wanted = {
             library: work / library.name
             for library in ([kernels] if sanitize else [kernels, nodes])
-            if again or not library.is_file() or damage(library)
+            if again or not library.is_file() or files.damage(library)
         }
         if wanted:
             problem = _compile(wanted.get(kernels), wanted.get(nodes), generated, sanitize, work)
@@ -501,13 +325,14 @@ def build(
         for library, built in wanted.items():
             _install(built, library)
         os.utime(kernels)  # the newest is loaded
-        if directory == PACKAGE:  # elsewhere other versions may have theirs
+        if directory == files.PACKAGE:  # elsewhere other versions may have theirs
             _remove_stale(kernels)
             _tell_pip()
     return kernels
 
 
-if __name__ == "__main__":  # for `make`: builds what is missing, and does without a compiler
+def build_what_is_missing() -> None:
+    """For `make`: builds what is not up to date, and does without a compiler."""
     try:
         build(again=False)
     except BuildError as error:

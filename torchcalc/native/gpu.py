@@ -118,9 +118,9 @@ def stream(device: torch.device) -> int:
     return number
 
 
-def capturing(device: torch.device) -> bool:
+def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
 
 
 class Kernel:
@@ -139,6 +139,24 @@ class Kernel:
         self.name, self.text, self.tensors, self.aligned, self.warps = name, text, tensors, aligned, warps
         self._function: Any = None
         self._compiled: dict[int, Any] = {}
+        self._kernels: dict[int, Any] = {}
+
+    def handle(self, device: torch.device) -> tuple[int, int, int] | None:
+        """What CUDA's driver launches: the function, the threads of a program, its shared memory.
+
+        None before the first launch, and where a launch needs more than this.
+        """
+        kernel = self._kernels.get(device.index)
+        if kernel is None or torch.version.cuda is None:
+            return None
+        about = kernel.metadata
+        special = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
+        if any(getattr(about, name, 0) for name in special) or tuple(getattr(about, "cluster_dims", ())) not in (
+            (),
+            (1, 1, 1),
+        ):
+            return None
+        return kernel.function, 32 * about.num_warps, about.shared
 
     @property
     def function(self) -> Any:
@@ -183,6 +201,7 @@ class Kernel:
         try:
             if _direct:
                 self._compiled[device.index] = kernel.run, kernel.function, kernel.packed_metadata
+                self._kernels[device.index] = kernel
         except AttributeError:  # launched by kernel[grid] for ever, then
             pass
 

@@ -6,13 +6,28 @@ With them the wheel holds the libraries and is tagged py3-none-<platform>; witho
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import sys
 import sysconfig
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+def _builder(package: Path) -> tuple[Any, Any]:
+    """torchcalc.native's build and files, without torchcalc itself: that would import torch, which pip hides here."""
+    for name, directory in (("torchcalc", package), ("torchcalc.native", package / "native")):
+        hollow = ModuleType(name)
+        hollow.__path__ = [str(directory)]
+        sys.modules[name] = hollow
+    try:
+        return import_module("torchcalc.native.build"), import_module("torchcalc.native.files")
+    finally:  # whoever imports torchcalc after us gets all of it
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchcalc"]:
+            del sys.modules[name]
 
 
 class NativeBuildHook(BuildHookInterface):
@@ -20,20 +35,16 @@ class NativeBuildHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it collects files; `version` is "standard" or "editable"."""
-        # By path: importing torchcalc would import torch, and an editable install is not importable yet.
-        spec = importlib.util.spec_from_file_location("build", Path(self.root, "torchcalc", "native", "build.py"))
-        assert spec is not None and spec.loader is not None
-        native = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(native)
+        build, files = _builder(Path(self.root, "torchcalc"))
         warn = self.app.display_warning
         try:
-            library = native.build(native.PACKAGE, again=False, warn=warn)
-        except native.BuildError as error:
+            library = build.build(files.PACKAGE, again=False, warn=warn)
+        except build.BuildError as error:
             warn(f"torchcalc is installed without its CPU kernels: {error}")
             return
         # An editable install finds the libraries in the source tree, where they were built.
         if version != "editable":
-            names = [library.name, native.nodes_name(native.torch_version(native.torch_directory()))]
+            names = [library.name, files.nodes_name(build.torch_version(build.torch_directory()))]
             # .gitignore would leave them out
             build_data["artifacts"] += [f"torchcalc/native/{name}{end}" for name in names for end in ("", ".sha256")]
             build_data["pure_python"] = False

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from torchcalc.native import build
+from torchcalc.native import files
 
 __all__ = ["available", "library", "nodes", "warn_once", "why_no_nodes", "why_not"]
 
@@ -121,7 +121,7 @@ def _load_file(path: Path | None, problem: str) -> tuple[Path | None, str]:
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return None, f"{path} does not load into torch {torch.__version__}: {error}. {_REBUILD}"
+        return None, f"{path} does not load into torch {torch.__version__}: {error.__cause__ or error}. {_REBUILD}"
     return path, ""
 
 
@@ -144,10 +144,12 @@ def _find_kernels() -> tuple[Path | None, str]:
         named = Path(wanted)
         if not named.is_file():
             return None, f"TORCHCALC_NATIVE_LIBRARY={wanted} is not a file. Unset it, or name a library built here."
-        if f"torchcalc-source-hash:{build.source_hash()}".encode() not in named.read_bytes():
+        if f"torchcalc-source-hash:{files.source_hash()}".encode() not in named.read_bytes():
             return None, f"TORCHCALC_NATIVE_LIBRARY={wanted} was built from other sources than these. Build it again."
+        if files.hash_file(named).exists() and (damage := files.damage(named)):
+            return None, f"{damage}. Build it again."
         return named, ""
-    places, name = build.directories(), build.pattern()
+    places, name = files.directories(), files.pattern()
     path, problem = _first_good(places, name)
     if path or problem:
         return path, problem
@@ -159,7 +161,7 @@ def _find_kernels() -> tuple[Path | None, str]:
 
 def _find_nodes(kernels: Path) -> tuple[Path | None, str]:
     named = "TORCHCALC_NATIVE_LIBRARY" in os.environ
-    places, name = [kernels.parent] if named else build.directories(), build.nodes_name(torch.__version__)
+    places, name = [kernels.parent] if named else files.directories(), files.nodes_name(torch.__version__)
     path, problem = _first_good(places, name)
     if path or problem:
         return path, problem
@@ -171,8 +173,8 @@ def _first_good(places: list[Path], pattern: str) -> tuple[Path | None, str]:
     problem = ""
     for directory in places:
         for path in sorted(directory.glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            trouble = build.danger(directory) or build.danger(path)
-            if not trouble and (damage := build.damage(path)):
+            trouble = files.danger(directory) or files.danger(path)
+            if not trouble and (damage := files.damage(path)):
                 trouble = f"{damage}. {_REBUILD}"
             if not trouble:
                 return path, ""

@@ -17,7 +17,7 @@ from torchcalc import native
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["elementwise", "index", "reduced"]
+__all__ = ["elementwise", "enter_launch", "index", "reduced"]
 
 _indices: dict[str, int] = {}
 _connected: bool | None = None
@@ -25,6 +25,8 @@ _connected: bool | None = None
 #: elementwise(index, *inputs, *numbers), reduced(index, *inputs, weight or None, reduction, by_weight, *numbers)
 elementwise: Any
 reduced: Any
+#: enter_launch(place, kind, dtype, device's index, function, threads, shared memory, block, parameters, numbers)
+enter_launch: Any
 
 
 def index(formula: Formula) -> int:
@@ -37,7 +39,7 @@ def index(formula: Formula) -> int:
 
 def _connect() -> bool:
     """Give the nodes the table of kernels, and the formulas for backward of backward."""
-    global _connected, _nodes, elementwise, reduced
+    global _connected, _nodes, elementwise, reduced, enter_launch
     if _connected is None:
         _nodes = native.nodes()
         _connected = _nodes is not None
@@ -45,7 +47,7 @@ def _connect() -> bool:
             library = ctypes.CDLL(str(native.library()))
             library.torchcalc_table.restype = ctypes.c_void_p
             _nodes.connect(library.torchcalc_table())
-            elementwise, reduced = _nodes.elementwise, _nodes.reduced
+            elementwise, reduced, enter_launch = _nodes.elementwise, _nodes.reduced, _nodes.enter_launch
             _register_second_derivatives()
     return _connected
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcalc.formula.rule import is_number, record
+from torchcalc.formula.rule import record
 from torchcalc.formula.triton import ELEMENTS, compute_type
 from torchcalc.native import gpu
 from torchcalc.optim import cuda_kernels as kernels
@@ -30,6 +30,7 @@ from torchcalc.optim.extras import NORMAL, Scaling, draw_seed
 __all__ = ["Memory", "check_graph_capture", "is_wanted", "skipped_steps", "step"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
+NUMBERS = {float, int, bool, type(None)}  # and flags
 MOST_PLANS = 8  # remembered for each group, where the parameters that have a gradient change from step to step
 #: Programs of a norm, for each table.
 NORM_PROGRAMS = 1024
@@ -43,6 +44,7 @@ class Memory:
         self.counters: dict[tuple[int, torch.device], Counter] = {}
         self.controls: dict[torch.device, Control] = {}
         self.states: list[dict[str, Any]] = []
+        self.capturing = False  # a CUDA graph, during this step
         self.captured: list[Any] = []  # what CUDA graphs read and write: as long as the optimizer lives
         if before is not None:
             self.captured = [*before.captured, before.controls]
@@ -77,6 +79,7 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
     measured = optimizer.max_norm is not None or optimizer.skip_nonfinite
     controlled = measured or grad_scale is not None or found_inf is not None
     skips = optimizer.skip_nonfinite or found_inf is not None
+    memory.capturing = gpu.capturing()
     if memory.plans and not _same(memory.states, optimizer.state.values()):
         memory.plans.clear()
     work: list[tuple[dict[str, Any], Plan | None, list[Tensor], Callable[[Scaling], None] | None]] = []
@@ -104,13 +107,17 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
     memory.states = list(optimizer.state.values())
     optimizer._note_plans()
     seed = draw_seed() if optimizer.rounding == "stochastic" else None
-    batches = [batch for _, plan, grads, _ in work if plan is not None for batch in plan.hand_over(grads, memory)]
+    batches = [batch for _, plan, _, _ in work if plan is not None for batch in plan.batches]
+    for _, plan, _, _ in work:
+        if plan is not None:
+            for batch in plan.batches:
+                batch.hand_over(plan.grads, memory)
     control = counter = None
-    if controlled or (seed is not None and gpu.capturing(device)):
+    counted = seed is not None and memory.capturing
+    if controlled or counted:
         known = memory.controls.get(device)
         if known is None:
             known = memory.controls[device] = Control(device)
-        counted = seed is not None and gpu.capturing(device)
         known.finish(optimizer, batches, grad_scale, found_inf, counted, measured)
         control = known if controlled else None
         counter = known if counted else None
@@ -150,9 +157,8 @@ def _plan(
     key = index, pattern
     keys = tuple(optimizer.slots(group).values())
     plan = memory.plans.get(key)
-    capturing = gpu.capturing(grads[0].device)
     if plan is None or not plan.holds(group, params, grads, keys):
-        if capturing:  # what a plan keeps on the device comes from the host
+        if memory.capturing:  # what a plan keeps on the device comes from the host
             return None, []
         # A first step may have another formula, and if it is skipped it must leave no state: the rule does it.
         if (skips or _uses_first(optimizer)) and not _has_state(optimizer, params, keys):
@@ -161,7 +167,7 @@ def _plan(
         if len(memory.plans) >= MOST_PLANS * len(optimizer.param_groups):
             memory.plans.clear()
         plan = memory.plans[key] = Plan(optimizer, memory, index, group, entries, keys)
-    elif capturing and "capturable" in optimizer.defaults:
+    elif memory.capturing and "capturable" in optimizer.defaults:
         check_graph_capture(optimizer)
     return (plan, grads) if plan.batches else (None, [])
 
@@ -178,7 +184,7 @@ def _uses_first(optimizer: Any) -> bool:
 
 
 def _is_recorded(optimizer: Any) -> bool:
-    """Whether a kernel can count the rule's steps: not NAdam's, which have a product of their own."""
+    """Whether a kernel can count the rule's steps: not those of NAdam and ASGD, which keep other numbers beside."""
     return not (optimizer.counts_steps and _uses_first(optimizer))
 
 
@@ -209,28 +215,27 @@ class Batch:
         self.step_places: list[int] = []  # among the group's step counts
         self.steps = number.to(self.device)  # the same, on the device
         self.rows: dict[int, Tensor] = {}
+        self.kernels: dict[Any, Any] = {}
 
-    def hand_over(self, grads: list[Tensor], memory: Memory) -> None:
-        """The addresses of the gradients, if they differ from those that the device knows."""
-        ours = grads if len(self.places) == len(grads) else [grads[i] for i in self.places]
-        addresses = [g.data_ptr() for g in ours]
-        if gpu.capturing(self.device):
-            memory.captured += [self, *self.rows.values()]
-        if addresses == self.addresses and gpu.stream(self.device) == self.stream:
-            if gpu.capturing(self.device):
-                memory.captured.append(self.grads)
-        elif gpu.capturing(self.device):
-            # A graph would read the host's memory at each replay: it holds the addresses themselves instead.
-            size = kernels.ADDRESSES
-            padded = addresses + [0] * (-len(addresses) % size)
-            self.grads, self.addresses = torch.empty(len(padded), dtype=torch.int64, device=self.device), []
-            memory.captured.append(self.grads)
-            for i in range(0, len(padded), size):
-                kernels.copy_addresses().launch(self.device, 1, [self.grads], (i, *padded[i : i + size]))
-        else:
+    def hand_over(self, addresses: list[int], memory: Memory) -> None:
+        """The addresses of all gradients of the plan, if they differ from those that the device knows."""
+        if len(self.places) != len(addresses):
+            addresses = [addresses[i] for i in self.places]
+        stream = gpu.stream(self.device)
+        known = addresses == self.addresses and stream == self.stream
+        if memory.capturing:
+            if not known:
+                # A graph would read the host's memory at each replay: it holds the addresses themselves instead.
+                size = kernels.ADDRESSES
+                padded = addresses + [0] * (-len(addresses) % size)
+                self.grads, self.addresses = torch.empty(len(padded), dtype=torch.int64, device=self.device), []
+                for i in range(0, len(padded), size):
+                    kernels.copy_addresses().launch(self.device, 1, [self.grads], (i, *padded[i : i + size]))
+            memory.captured += [self, self.grads]
+        elif not known:
             host = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda")
             self.grads = host.to(self.device, non_blocking=True)  # a new one: the old one may still be read
-            self.addresses, self.stream = addresses, gpu.stream(self.device)
+            self.addresses, self.stream = addresses, stream
 
     def row(self, width: int) -> Tensor:
         if width not in self.rows:
@@ -286,6 +291,8 @@ class Plan:
         self.strides = [entries[i].g.stride() for i in taken]
         self.unaligned = any(not batch.aligned for batch in self.batches)
         self.looks = [_look(entries[i].p) for i in self.rest]
+        self.grads: list[int] = []  # where they are
+        self._addressed([e.g for e in entries])
         for device in {batch.device for batch in self.batches}:
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()  # then the tables are there for every stream
@@ -300,8 +307,7 @@ class Plan:
             counter = memory.counters.get((index, batch.device))
             dtype = ours[0].state["step"].dtype
             if counter is None or not counter.fits(len(order), on_device, dtype):
-                device = batch.device if on_device else torch.device("cpu")
-                counter = memory.counters[index, batch.device] = Counter(len(order), device, dtype, on_device)
+                counter = memory.counters[index, batch.device] = Counter(len(order), batch.device, dtype, on_device)
             counter.take_in(places, [e.state for e in ours])
             self.counters[batch.device] = counter
             batch.steps = torch.tensor(places, dtype=torch.int32, device="cpu").to(batch.device)
@@ -311,35 +317,41 @@ class Plan:
         return chain(params, chain.from_iterable(map(self.read, self.states)))
 
     def holds(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], keys: tuple[str, ...]) -> bool:
-        """Whether what the plan remembers is still so."""
+        """Whether what the plan remembers is still so. This is most of what the host does in a step: hence the maps."""
         ours = grads if self.taken is None else [grads[i] for i in self.taken]
         try:
-            return (
+            holds = (
                 keys == self.keys
                 and self.options == _options(group)
                 and len(params) == len(self.params)
                 and all(map(is_, self._objects(params), self.objects))
-                and [t.data_ptr() for t in self.fixed] == self.addresses
-                and all(map(_is_plain, map(type, ours)))
-                and [g.numel() for g in ours] == self.numels
+                and list(map(Tensor.data_ptr, self.fixed)) == self.addresses
+                and set(map(type, ours)) == {Tensor}
+                and list(map(Tensor.numel, ours)) == self.numels
                 and (
                     all(map(Tensor.is_contiguous, ours))
                     if self.contiguous
-                    else [g.stride() for g in ours] == self.strides
+                    else list(map(Tensor.stride, ours)) == self.strides
                 )
                 and not any(map(Tensor.is_neg, ours))
-                and self._aligned(ours)
                 and (not self.rest or self.looks == [_look(params[i]) for i in self.rest])
             )
+            return bool(holds) and self._addressed(grads)
         except (KeyError, RuntimeError):  # a slot was deleted; a gradient has become sparse
             return False
 
-    def _aligned(self, grads: list[Tensor]) -> bool:
-        low = 0
-        if not self.unaligned:
-            for g in grads:
-                low |= g.data_ptr()
-        return low & 15 == 0
+    def _addressed(self, grads: list[Tensor]) -> bool:
+        """Read where the gradients are; False if they are no longer aligned."""
+        if self.rest:
+            kept = set(self.taken or ())
+            addresses = [g.data_ptr() if i in kept else 0 for i, g in enumerate(grads)]
+        else:
+            addresses = list(map(Tensor.data_ptr, grads))
+        if addresses != self.grads:
+            if not self.unaligned and any(a & 15 for a in addresses):
+                return False
+            self.grads = addresses
+        return True
 
     def values(self, optimizer: Any, group: dict[str, Any]) -> tuple[Way, dict[str, Any]]:
         """The way through the rule, and the rule's numbers; tensors stay tensors where they are on the device."""
@@ -347,7 +359,17 @@ class Plan:
         if self.counts:
             arguments["t"] = 1.0
         elif _uses_first(optimizer):
-            arguments |= optimizer.advance({}, group, arguments, False)
+            own = optimizer.advance({}, group, arguments, False)
+            if own.keys() != {"first"}:
+                raise Unfit
+            arguments |= own
+        types = tuple(map(type, arguments.values()))
+        if not NUMBERS.issuperset(types):
+            self._check_tensors(arguments)
+        return _way(optimizer, tuple(optimizer.slots(group)), arguments, types), arguments
+
+    def _check_tensors(self, arguments: dict[str, Any]) -> None:
+        """Tensors on the host become numbers; raise where one is on another device, or has a gradient."""
         devices = {batch.device for batch in self.batches}
         for name, x in arguments.items():
             if isinstance(x, Tensor):
@@ -356,12 +378,6 @@ class Plan:
                     raise Unfit
                 if not on_device:
                     arguments[name] = x.item()
-        return _way(optimizer, tuple(optimizer.slots(group)), arguments), arguments
-
-    def hand_over(self, grads: list[Tensor], memory: Memory) -> list[Batch]:
-        for batch in self.batches:
-            batch.hand_over(grads, memory)
-        return self.batches
 
     def run(
         self,
@@ -408,61 +424,70 @@ def launch(
         counter: what counts the seeds of a CUDA graph.
     """
     parameters = way.recording.parameters
-    on_device = tuple((x, ELEMENTS[arguments[x].dtype]) for x in parameters if isinstance(arguments[x], Tensor))
-    counted = isinstance(time, Tensor)
-    by_rows = bool(on_device) or counted
+    given = [arguments[x] for x in parameters]
+    by_rows = isinstance(time, Tensor) or not NUMBERS.issuperset(map(type, given))
     assert batch.grads is not None
     tensors = [batch.table, batch.grads, batch.tensors, batch.blocks]
     numbers: tuple[float, ...] = ()
+    if time is not None:
+        arguments["t"] = 1.0 if isinstance(time, Tensor) else time
     if by_rows:
-        step_type = ELEMENTS[time.dtype] if isinstance(time, Tensor) else None
-        kernel, given = way.row_numbers(batch.type_, on_device, step_type, control is not None)
-        rows = batch.row(len(way.names(batch.type_)))
-        inputs = [rows]
-        if isinstance(time, Tensor):
-            inputs += [time, batch.steps]
-        if control is not None:
-            inputs.append(control.values)
-        inputs += [arguments[x] for x, _ in on_device]
-        count = len(batch.places)
-        given_numbers: list[Any] = [time if x == "t" else arguments[x] for x in given]
-        kernel.launch(batch.device, -(-count // LANES), inputs, [count, *given_numbers])
-        tensors.append(rows)
+        tensors.append(compute_rows(way, arguments, batch, time, control))
     else:
-        if time is not None:
-            arguments["t"] = time
         numbers = way.host_numbers(batch.type_)(*[arguments[x] for x in parameters])
     if control is not None:
         tensors.append(control.values)
     if counter is not None:
         tensors.append(counter.counter)
-    kernel = way.update(
-        batch.dtypes,
-        aligned=batch.aligned,
-        maximize=maximize,
-        by_rows=by_rows,
-        controlled=control is not None,
-        stochastic=seed is not None,
-        counted=counter is not None,
-    )
+    key = way, maximize, by_rows, control is None, seed is None, counter is None
+    kernel = batch.kernels.get(key)
+    if kernel is None:
+        kernel = batch.kernels[key] = way.update(
+            batch.dtypes,
+            aligned=batch.aligned,
+            maximize=maximize,
+            by_rows=by_rows,
+            controlled=control is not None,
+            stochastic=seed is not None,
+            counted=counter is not None,
+        )
     kernel.launch(batch.device, batch.programs, tensors, numbers if seed is None else (*numbers, seed))
+
+
+def compute_rows(
+    way: Way, arguments: dict[str, Any], batch: Batch, time: float | Tensor | None, control: Control | None
+) -> Tensor:
+    """A row of numbers for each tensor, computed on the device, where some of what they are made of is."""
+    step_type = ELEMENTS[time.dtype] if isinstance(time, Tensor) else None
+    on_device = tuple(
+        (x, ELEMENTS[arguments[x].dtype]) for x in way.recording.parameters if isinstance(arguments[x], Tensor)
+    )
+    kernel, given = way.row_numbers(batch.type_, on_device, step_type, control is not None)
+    rows = batch.row(len(way.names(batch.type_)))
+    tensors = [rows]
+    if isinstance(time, Tensor):
+        tensors += [time, batch.steps]
+    if control is not None:
+        tensors.append(control.values)
+    tensors += [arguments[x] for x, _ in on_device]
+    count = len(batch.places)
+    kernel.launch(batch.device, -(-count // LANES), tensors, [count, *(arguments[x] for x in given)])
+    return rows
 
 
 _ways: dict[Any, Way | None] = {}
 
 
-def _way(optimizer: Any, slots: tuple[str, ...], arguments: dict[str, Any]) -> Way:
+def _way(optimizer: Any, slots: tuple[str, ...], arguments: dict[str, Any], types: tuple[type, ...]) -> Way:
     """The way that the rule goes with these arguments, recorded once."""
-    # A tensor on the device is not asked whether it is zero, which would wait: 1 stands for it.
-    known = tuple(
-        (x, "number", isinstance(a, Tensor) or a != 0) if is_number(a) else (x, "flag", a) for x, a in arguments.items()
-    )
-    key = type(optimizer).rule, slots, known
+    # What decides is which numbers are zero, and flags. A tensor is not asked, which would wait: it counts as not zero.
+    known = [True if isinstance(a, Tensor) else bool(a) for a in arguments.values()]
+    key = type(optimizer).rule, slots, types, *known
     if key not in _ways:
         try:
             plain = {x: 1.0 if isinstance(a, Tensor) else a for x, a in arguments.items()}
             _ways[key] = Way(record(type(optimizer).rule, slots, plain))
-        except (TypeError, AttributeError):
+        except Exception:  # whatever a rule does that cannot be recorded: it runs as it is
             _ways[key] = None
     way = _ways[key]
     if way is None:
@@ -473,11 +498,11 @@ def _way(optimizer: Any, slots: tuple[str, ...], arguments: dict[str, Any]) -> W
 class Counter:
     """The step counts of a group's parameters on a device: views of one vector."""
 
-    def __init__(self, length: int, device: torch.device, dtype: torch.dtype, on_device: bool) -> None:
-        self.vector = torch.zeros(length, dtype=dtype, device=device)
+    def __init__(self, length: int, kernels_on: torch.device, dtype: torch.dtype, on_device: bool) -> None:
+        self.vector = torch.zeros(length, dtype=dtype, device=kernels_on if on_device else "cpu")
         self.views = list(self.vector.unbind())
         self.active: set[int] = set()
-        self.on_device = on_device
+        self.on_device, self.kernels_on = on_device, kernels_on
         self.time: float | None = None  # of all active ones, if it is the same
         self.version = -1
 
@@ -510,7 +535,7 @@ class Counter:
         self.vector[torch.tensor(places, device="cpu")] += 1
         self.version = -1
         times = set(before[torch.tensor(places, device="cpu")].tolist())
-        return times.pop() + 1 if len(times) == 1 else before
+        return times.pop() + 1 if len(times) == 1 else before.to(self.kernels_on)
 
 
 class Control:
@@ -579,10 +604,6 @@ def _same(a: Sequence[Any], b: Any) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-def _is_plain(type_: type) -> bool:
-    return type_ is Tensor
-
-
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
     """Options that decide where step counts are kept."""
     return group.get("capturable"), group.get("fused")
@@ -607,7 +628,7 @@ def _is_taken(tensors: Sequence[Tensor]) -> bool:
 
 def check_graph_capture(optimizer: Any) -> None:
     """Raise where a CUDA graph would capture the numbers of one step."""
-    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # torch 2.12's name for it
+    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # its name after torch 2.11
     (check or optimizer._cuda_graph_capture_health_check)()
 
 

@@ -172,7 +172,9 @@ def check(options: argparse.Namespace) -> Report:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 0 without errors in the report, 1 with some, 2 where it could not check."""
     parser = argparse.ArgumentParser(
-        prog="python -m torchcalc.testing", description="Say whether a function, loss or optimizer is right."
+        prog="python -m torchcalc.testing",
+        description="Say whether a function, loss or optimizer is right.",
+        epilog="Exit status: 0 if it is, 1 if the report has errors, 2 if nothing could be checked.",
     )
     parser.add_argument("subject", nargs="?", help="package.module:name of a function, Function, module or optimizer")
     parser.add_argument(

@@ -3,8 +3,8 @@
     D(h) = (f(x + h·u) - f(x - h·u)) / 2h = f'·u + c₂h² + c₄h⁴ + ...                (1)
 
 Halving h and combining, D(h/2) + (D(h/2) - D(h)) / (4ʲ - 1), removes the term of order h²ʲ. (2)
-Every entry of the tableau is compared with the two that it was made of; the entry with the smallest such difference
-wins, and the difference, together with the rounding ε·|f|/h, is its error bar. (3)
+Every entry of the tableau is compared with the two that it was made of. The larger difference and the rounding 2ε·|f|/h
+are its error bar, and the entry with the smallest one wins. (3)
 
 The same evaluations give the two one-sided slopes. If these still differ when h goes to 0, x is a kink (or a jump):
 (1) does not hold there, any slope between the two is right, and the point is left out by name. (4)

@@ -20,7 +20,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
-#include <torch/headeronly/version.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -218,6 +217,28 @@ c10::SmallVector<Tensor, max_inputs + 1> aligned(TensorList inputs, const std::o
 
 Operand operand_like(const Tensor& x, const Tensor& like) { return lies_like(x, like) ? flat(x) : operand(x, 0); }
 
+// Nodes are counted by themselves from torch 2.13 on, and by std::shared_ptr before.
+template <class N>
+inline constexpr bool counts_itself = std::is_base_of_v<c10::intrusive_ptr_target, N>;
+
+template <class N>
+auto make_node() {
+  if constexpr (counts_itself<N>) {
+    return c10::make_intrusive<N>();
+  } else {
+    return std::make_shared<N>();
+  }
+}
+
+template <class N>
+auto self_of(N* node) {
+  if constexpr (counts_itself<N>) {
+    return c10::intrusive_ptr<N>::reclaim_copy(node);
+  } else {
+    return node->shared_from_this();
+  }
+}
+
 // The gradient of a formula's inputs, in torch's graph.
 struct Backward : public Node {
   const Formula* formula = nullptr;
@@ -248,11 +269,7 @@ struct Backward : public Node {
     variable_list grads(static_cast<size_t>(n));
     const Tensor& g = incoming[0];
     if (!g.defined()) return grads;
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-    const auto self = c10::intrusive_ptr<Node>::reclaim_copy(this);
-#else
-    const auto self = getptr();
-#endif
+    const auto self = self_of(static_cast<Node*>(this));
     Tensor arguments[max_inputs + 2];
     bool plain = is_plain(g);
     for (int i = 0; i < n; ++i) {
@@ -298,10 +315,10 @@ struct Backward : public Node {
       for (int k = 1; k < n + 2; ++k) {
         if (formula->product[i].uses >> k & 1) used[k] = arguments[k];
       }
-      const Tensor& like = *std::find_if(used + 1, used + n + 2, [](const Tensor& x) { return x.defined(); });
+      const Tensor* const like = std::find_if(used + 1, used + n + 2, [](const Tensor& x) { return x.defined(); });
       used[0] = g;
-      if (like.defined() && reduction == none && (!lies_like(g, like) || !torchcalc::Gpu::is_aligned(g))) {
-        used[0] = at::empty_like(like).copy_(g);
+      if (like != used + n + 2 && reduction == none && (!lies_like(g, *like) || !torchcalc::Gpu::is_aligned(g))) {
+        used[0] = at::empty_like(*like).copy_(g);
       }
       const int kind = (reduction == none ? torchcalc::product : torchcalc::loss_product) + i;
       Tensor& grad = grads[static_cast<size_t>(i)];
@@ -311,24 +328,26 @@ struct Backward : public Node {
     return grads;
   }
 
+  // That of all inputs together; a slope may use fewer.
+  std::vector<int64_t> size_of_loss(const Tensor& weight) const {
+    std::vector<int64_t> size(sizes[0].begin(), sizes[0].end());
+    for (const auto& s : sizes) size = at::infer_size(size, at::IntArrayRef(s));
+    return weight.defined() ? at::infer_size(size, weight.sizes()) : size;
+  }
+
   // g·weight/divisor·slope, where g is one number.
   Tensor spread(const Kernel& kernel, const Tensor& g, const Tensor& weight, Tensor* used, at::ScalarType dtype) {
     const int count = formula->inputs + 2;
     c10::SmallVector<Tensor, max_inputs + 1> inputs(used + 1, used + count);
-    const Tensor* like = nullptr;
-    bool alike = true;
+    const Tensor* like = weight.defined() ? &weight : nullptr;
     for (const Tensor& x : inputs) {
-      if (!x.defined()) continue;
-      if (!like) like = &x;
+      if (!like && x.defined()) like = &x;
     }
-    alike = like->is_non_overlapping_and_dense();
-    for (const Tensor& x : inputs) alike &= !x.defined() || lies_like(x, *like);
-    alike &= !weight.defined() || lies_like(weight, *like);
+    const std::vector<int64_t> size = size_of_loss(weight);
+    bool alike = like && like->sizes() == at::IntArrayRef(size) && like->is_non_overlapping_and_dense();
+    for (const Tensor& x : inputs) alike = alike && (!x.defined() || lies_like(x, *like));
     Tensor w = weight;
     if (!alike) {
-      std::vector<int64_t> size = like->sizes().vec();
-      for (const Tensor& x : inputs) size = x.defined() ? at::infer_size(size, x.sizes()) : size;
-      if (w.defined()) size = at::infer_size(size, w.sizes());
       for (Tensor& x : inputs) x = x.defined() ? x.expand(size).contiguous() : x;
       if (w.defined()) w = w.expand(size).contiguous();
     }
@@ -346,8 +365,8 @@ struct Backward : public Node {
     for (int k = 1; k < count; ++k) {
       if (inputs[k - 1].defined()) in[k] = flat(inputs[k - 1]);
     }
-    const Tensor& first = *std::find_if(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.defined(); });
-    Tensor out = at::detail::empty_strided_cpu(first.sizes(), first.strides(), dtype);
+    Tensor out = alike ? at::detail::empty_strided_cpu(like->sizes(), like->strides(), dtype)
+                       : at::detail::empty_cpu(at::IntArrayRef(size), dtype);
     table->apply(kernel, out.numel(), in, count, factor, flat(out), numbers.data(), false);
     return out;
   }
@@ -360,6 +379,7 @@ struct Backward : public Node {
       g = g.to(at::promote_types(g.scalar_type(), at::kFloat));
       if (divisor != 1) g = g.div(divisor);
       if (has_weight) g = g.mul(weight);
+      g = g.expand(size_of_loss(weight));
     }
     c10::List<std::optional<Tensor>> known;
     for (int k = 1; k < n + 2; ++k) {
@@ -393,8 +413,8 @@ bool takes(const Formula& formula, TensorList inputs, at::ScalarType& dtype) {
   return inputs[0].is_cpu() || torchcalc::Gpu::instance().is_ready();
 }
 
-c10::intrusive_ptr<Backward> node_of(const Formula& formula, TensorList inputs, at::ArrayRef<double> numbers) {
-  auto node = c10::make_intrusive<Backward>();
+auto node_of(const Formula& formula, TensorList inputs, at::ArrayRef<double> numbers) {
+  auto node = make_node<Backward>();
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
   node->formula = &formula;
   node->numbers.assign(numbers.begin(), numbers.end());
@@ -454,7 +474,8 @@ double total_of(
   double total = table->total(formula.value, n, in, formula.inputs, weight ? &w : nullptr, numbers.data());
   double divisor = 1;
   if (reduction == mean) {
-    divisor = weight && by_weight ? table->sum(n, w) : static_cast<double>(n);
+    const Tensor once = weight ? weight->contiguous() : Tensor();  // the weights as they were given, each once
+    divisor = weight && by_weight ? table->sum(once.numel(), flat(once)) : static_cast<double>(n);
     total = total / divisor;
   }
   out = at::detail::empty_cpu({}, dtype);

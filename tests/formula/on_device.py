@@ -1,8 +1,10 @@
-"""Pointwise kernels in Triton's interpreter, against torch and float64; run by test_triton.py."""
+"""Pointwise kernels, against torch and float64: on a GPU (`make test-cuda`), or in Triton's interpreter, where
+test_triton.py runs them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +19,14 @@ from torchcalc.native import gpu
 
 if gpu.INTERPRETED:
     mend()
+DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        yield
 
 
 @dataclass(frozen=True, eq=False)

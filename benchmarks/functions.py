@@ -1,0 +1,176 @@
+"""Forward and backward of functions and losses: torch's against torchcalc's, on the CPU, eager; and of a compiled model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import torchcalc.functional as ours
+import torchcalc.nn
+from benchmarks.harness import Row, Traffic
+
+F = torch.nn.functional
+
+Call = Callable[..., Tensor]
+
+#: Names whose stock twin is not in torch.nn.functional.
+ELSEWHERE = {"square": torch.square, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+ELSEWHERE |= {"exp": torch.exp, "log": torch.log, "abs": torch.abs}
+ELSEWHERE |= {"swiglu": lambda a, b: F.silu(a) * b, "geglu": lambda a, b: F.gelu(a) * b}
+
+UNARY = (
+    "relu", "sigmoid", "tanh", "square", "gelu", "silu", "mish", "softplus", "elu", "leaky_relu", "logsigmoid", "exp",
+    "log", "abs",
+)  # fmt: skip
+LOSSES = (
+    "mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "binary_cross_entropy",
+    "kl_div", "poisson_nll_loss", "gaussian_nll_loss",
+)  # fmt: skip
+FASTER = {"softplus", "mish", "elu", "swiglu", "geglu"}  # of which torch's backward, or torch itself, is composed
+SIZES = (32, 10_000, 100_000, 1_000_000)
+
+
+def rows() -> Iterator[Row]:
+    """Every function at several sizes; large ones in bfloat16 as well; losses with each reduction."""
+    for name in UNARY:
+        for size in SIZES:
+            yield function_row(name, (size,), torch.float32)
+        yield function_row(name, (SIZES[-1],), torch.bfloat16)
+    yield function_row("gelu", (SIZES[-1],), torch.float32, " tanh", approximate="tanh")
+    for name in ("swiglu", "geglu"):
+        yield function_row(name, (32,), torch.float32, inputs=2)
+        yield function_row(name, (SIZES[-1],), torch.float32, inputs=2)
+    for name in LOSSES:
+        yield loss_row(name, (32,), torch.float32, "mean")
+        for reduction in ("none", "mean", "sum"):
+            yield loss_row(name, (8192, 128), torch.float32, reduction)
+        yield loss_row(name, (8192, 128), torch.bfloat16, "mean")
+    yield compiled_row()
+
+
+def pair(name: str, **options: Any) -> tuple[Call, Call]:
+    """(stock, ours)."""
+    stock = ELSEWHERE.get(name) or getattr(F, name)
+    return partial(stock, **options), partial(getattr(ours, name), **options)
+
+
+def forward_and_backward(f: Call, leaves: list[Tensor], g: Tensor) -> Callable[[], list[Tensor]]:
+    def run() -> list[Tensor]:
+        y = f(*leaves)
+        y.backward(g)
+        results = [y.detach(), *(x.grad for x in leaves if x.grad is not None)]
+        for x in leaves:
+            x.grad = None
+        return results
+
+    return run
+
+
+def row(
+    name: str, stock: Call, mine: Call, inputs: Callable[[], list[Tensor]], dtype: torch.dtype, **about: Any
+) -> Row:
+    def make() -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], None]]:
+        leaves = [x.requires_grad_() for x in inputs()]
+        y = stock(*leaves)
+        g = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype) if y.dim() else torch.ones_like(y)
+        calls = [forward_and_backward(f, leaves, g) for f in (stock, mine)]
+
+        def same() -> None:
+            tolerance = 64 * torch.finfo(dtype).eps
+            for a, b in zip(*(call() for call in calls), strict=True):
+                torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+
+        return *calls, same
+
+    return Row(name, make=make, group="functions", seconds=1.0, **about)
+
+
+def named(name: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str = "") -> str:
+    return f"{name}{variant}, {'x'.join(map(str, shape))}{'' if dtype == torch.float32 else ', ' + str(dtype)[6:]}"
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def function_row(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str = "", inputs: int = 1, **options: Any
+) -> Row:
+    """A function of elements: reads its inputs and writes its value, then reads gradient and inputs and writes theirs."""
+    stock, mine = pair(name, **options)
+    size = shape[0] * dtype.itemsize
+
+    def make() -> list[Tensor]:
+        xs = [values(shape, dtype, k) for k in range(inputs)]
+        return [x.abs() + 0.1 for x in xs] if name == "log" else xs
+
+    large = shape[0] > 10_000
+    target = 0.9 if shape[0] <= 32 else 1.2 if name in FASTER and large else 0.97
+    traffic = Traffic(size, reads=2 * inputs + 1, writes=1 + inputs) if large else None
+    return row(
+        named(name, shape, dtype, variant), stock, mine, make, dtype,
+        against=f"torch's {name}", traffic=traffic, target=target, quick=shape[0] in (32, SIZES[-1]),
+    )  # fmt: skip
+
+
+def loss_row(name: str, shape: tuple[int, ...], dtype: torch.dtype, reduction: str) -> Row:
+    """A loss and the gradient of its input."""
+    rest: tuple[Tensor, ...] = (values(shape, dtype, 1).sigmoid(),)
+    if name == "gaussian_nll_loss":
+        rest = (*rest, rest[0] + 0.5)
+    stock, mine = pair(name, reduction=reduction)
+
+    def make() -> list[Tensor]:
+        x = values(shape, dtype)
+        return [x.sigmoid() * 0.9 + 0.05 if name == "binary_cross_entropy" else x]
+
+    large = len(shape) > 1
+    whole = reduction == "none"
+    traffic = Traffic(shape[0] * shape[-1] * dtype.itemsize, 5 if whole else 4, 2 if whole else 1) if large else None
+    return row(
+        named(name, shape, dtype, f" {reduction}"), lambda x: stock(x, *rest), lambda x: mine(x, *rest), make, dtype,
+        against=f"torch's {name}", traffic=traffic, target=0.97 if large else 0.9, quick=large and reduction == "mean",
+    )  # fmt: skip
+
+
+def compiled_row() -> Row:
+    """torch.compile of a classifier with our parts beside the same of stock parts."""
+
+    def model(parts: Any) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            parts.Linear(256, 1024), parts.GELU(), parts.Linear(1024, 1024), parts.ReLU(), parts.Linear(1024, 4096)
+        )
+
+    def make() -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], None]]:
+        x, t = values((512, 256), torch.float32), torch.randint(4096, (512,))
+        calls, losses = [], []
+        for parts in (torch.nn, torchcalc.nn):
+            net, criterion = model(parts), parts.CrossEntropyLoss()
+
+            @torch.compile
+            def loss(net: torch.nn.Module = net, criterion: torch.nn.Module = criterion) -> Tensor:
+                return criterion(net(x), t)
+
+            def run(loss: Callable[[], Tensor] = loss, net: torch.nn.Module = net) -> Tensor:
+                value = loss()
+                value.backward()
+                net.zero_grad()
+                return value.detach()
+
+            calls.append(run)
+            losses.append(run())
+
+        def same() -> None:
+            torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+
+        return calls[0], calls[1], same
+
+    return Row(
+        "compiled classifier, forward and backward", "the same of torch's parts, compiled", make,
+        target=0.97, group="compiled", seconds=6.0, quick=False,
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""Gated linear units:  y = a·σ(b), and its kin  silu(a)·b,  gelu(a)·b.
+
+Derivation.  By the product rule each factor is the slope of the other. For y = a·σ(b), with σ' = σ·(1 - σ),
+
+    ∂y/∂a = σ(b),   ∂y/∂b = a·σ(b)·(1 - σ(b)),                                    (1)
+
+and for y = φ(a)·b, φ = silu or gelu, whose φ' is derived in silu.py and gelu.py,
+
+    ∂y/∂a = φ'(a)·b,   ∂y/∂b = φ(a).                                              (2)
+
+The maps are elementwise in a and b: backward and jvp are the same products. Saves a and b. :func:`glu` takes a and b
+from one tensor, halved along a dimension.
+
+Reference: Dauphin, Fan, Auli, Grangier 2017, arXiv:1612.08083; Shazeer 2020, "GLU variants improve transformer",
+arXiv:2002.05202.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchcalc.activations import gelu, silu
+from torchcalc.formula import Term, pointwise
+
+__all__ = ["GLU", "geglu", "glu", "swiglu"]
+
+
+def value(a: Term, b: Term) -> Term:
+    return a * b.sigmoid()
+
+
+def slope_a(b: Term) -> Term:
+    return b.sigmoid()  # (1)
+
+
+def slope_b(a: Term, b: Term) -> Term:
+    s = b.sigmoid()
+    return a * (s * (1 - s))  # (1)
+
+
+def swiglu_value(a: Term, b: Term) -> Term:
+    return silu.value(a) * b
+
+
+def swiglu_slope_a(a: Term, b: Term) -> Term:
+    return silu.slope(a) * b  # (2)
+
+
+def swiglu_slope_b(a: Term) -> Term:
+    return silu.value(a)
+
+
+def geglu_value(a: Term, b: Term) -> Term:
+    return gelu.value(a) * b
+
+
+def geglu_slope_a(a: Term, b: Term) -> Term:
+    return gelu.slope(a) * b  # (2)
+
+
+def geglu_slope_b(a: Term) -> Term:
+    return gelu.value(a)
+
+
+_glu = pointwise("GLU", value, slope_a, slope_b)
+_swiglu = pointwise("SwiGLU", swiglu_value, swiglu_slope_a, swiglu_slope_b)
+_geglu = pointwise("GEGLU", geglu_value, geglu_slope_a, geglu_slope_b)
+
+
+def glu(input: Tensor, dim: int = -1) -> Tensor:
+    """a·σ(b), where a and b are the halves of input along a dimension, as ``torch.nn.functional.glu``.
+
+    Args:
+        input: tensor of one dimension or more and float dtype.
+        dim: the dimension, of even size.
+
+    Returns:
+        Tensor of input's dtype; its size in ``dim`` is half of input's.
+
+    Raises:
+        RuntimeError: if ``input`` has no dimension or its size in ``dim`` is odd.
+        IndexError: if ``dim`` is none of input's dimensions.
+
+    Reference: Dauphin, Fan, Auli, Grangier 2017, arXiv:1612.08083.
+
+    >>> import torch
+    >>> glu(torch.tensor([3.0, 4.0, 0.0, 100.0]))
+    tensor([1.5000, 4.0000])
+    """
+    if input.dim() == 0:
+        raise RuntimeError("glu does not support scalars because halving size must be even")
+    if not input.is_floating_point():
+        return F.glu(input, dim)  # refuses
+    size = input.size(dim)
+    if size % 2:
+        at = dim % input.dim()
+        raise RuntimeError(f"Halving dimension must be even, but dimension {at} is size {size}")
+    return _glu(input.narrow(dim, 0, size // 2), input.narrow(dim, size // 2, size // 2))
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a)·b, the gate of most language models' feed-forward layers.
+
+    Args:
+        a: tensor of any shape and float dtype: what opens the gate.
+        b: tensor of the same shape, or one that broadcasts: what passes it.
+
+    Returns:
+        Tensor of the common shape and dtype.
+
+    Reference: Shazeer 2020, arXiv:2002.05202.
+
+    >>> import torch
+    >>> swiglu(torch.tensor([1.0, -100.0]), torch.tensor([2.0, 2.0]))
+    tensor([1.4621, -0.0000])
+    """
+    return _swiglu(a, b)
+
+
+def geglu(a: Tensor, b: Tensor) -> Tensor:
+    """gelu(a)·b, with the exact gelu.
+
+    Args:
+        a: tensor of any shape and float dtype: what opens the gate.
+        b: tensor of the same shape, or one that broadcasts: what passes it.
+
+    Returns:
+        Tensor of the common shape and dtype.
+
+    Reference: Shazeer 2020, arXiv:2002.05202.
+
+    >>> import torch
+    >>> geglu(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 2.0]))
+    tensor([1.6827, 0.0000])
+    """
+    return _geglu(a, b)
+
+
+class GLU(nn.GLU):
+    """Module of :func:`glu`, as ``torch.nn.GLU``.
+
+    >>> import torch
+    >>> GLU(dim=0)(torch.tensor([3.0, 0.0]))
+    tensor([1.5000])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`glu`; halves ``dim``."""
+        return glu(input, self.dim)
