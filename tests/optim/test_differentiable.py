@@ -94,9 +94,11 @@ def test_gradcheck_by_the_state_that_was_loaded(case: Case) -> None:
     """Every number of the state is part of the graph: slots, NAdam's mu_product, the step count."""
     config = {**case.configs[-1], "lr": 0.01, **({"momentum": 0.9} if case.cls is ours.SGD else {})}
     config = {key: value for key, value in config.items() if not has_tensors({key: value})}
+    if case.cls is ours.Adadelta:
+        config["eps"] = 0.1  # beside 1e-6 gradcheck's difference of 1e-6 is no small one
     warm = leaf(*START).detach()
     source = build(case.cls, [warm], config)
-    for g in GRADS:
+    for g in (*GRADS, GRADS[-1]):  # Rprop forgets a gradient whose sign has changed, and at 0 a sign has no derivative
         warm.grad = leaf(*g).detach()
         source.step()
     state = source.state_dict()["state"][0]
