@@ -48,7 +48,7 @@ def test_a_recording_is_the_rule(cls: type[ours.Optimizer], options: dict[str, A
     optimizer = cls([p], **options)
     (group,) = optimizer.param_groups
     slots = tuple(optimizer.slots(group))
-    state = {"step": torch.tensor(3.0), "exp_avg": p}
+    state = {key: torch.tensor(3.0 if key == "step" else 0.5) for key in optimizer.scalars}
     arguments = {**optimizer.hyper(group), **optimizer.advance(state, group, optimizer.hyper(group), False)}
     recording = record(cls.rule, slots, arguments)
     start = {name: 0.3 + 0.2 * i for i, name in enumerate(recording.inputs)} | {"v": 5.0}

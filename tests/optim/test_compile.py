@@ -125,8 +125,24 @@ def test_a_changing_lr_is_compiled_once(case: Case) -> None:
 def test_every_path_compiles(case: Case, options: dict[str, Any]) -> None:
     if not all(case.takes(option) for option in options):
         return
-    seen, expected, _ = compiled_and_eager(case.cls, case.configs[1], CompileCounter(), **options)
+    seen, expected, frames = compiled_and_eager(case.cls, case.configs[1], CompileCounter(), **options)
     near(seen, expected)
+    assert frames[-1] == frames[2] <= 3
+
+
+@each_compiled(everyday=(ours.AdamW,))
+def test_lists_are_one_graph(case: Case) -> None:
+    """Dynamo does not trace a Tensor, which lr is there, over a TensorList, which the step counts are."""
+    params = parameters(shapes=((3,), ()))
+    optimizer = build(case.cls, params, case.configs[0], foreach=True)
+    backend = CompileCounter()
+    step = torch.compile(optimizer.step, backend=backend)
+    for i, grads in enumerate(gradients(params, 5, missing=False)):
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.9**i
+        set_gradients(params, grads)
+        step()
+    assert not counters["graph_break"]
+    assert backend.frame_count <= 3  # a first step, another step, an lr that changes
 
 
 @each_compiled(everyday=())

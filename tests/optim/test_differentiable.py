@@ -89,6 +89,35 @@ def test_gradcheck(cls: Any, fixed: dict[str, Any], learnt: dict[str, tuple[floa
     assert gradcheck(f, (leaf(*START), *(leaf(*g) for g in GRADS), *hypers))
 
 
+@pytest.mark.parametrize("case", CASES_D, ids=lambda case: case.name)
+def test_gradcheck_by_the_state_that_was_loaded(case: Case) -> None:
+    """Every number of the state is part of the graph: slots, NAdam's mu_product, the step count."""
+    config = {**case.configs[-1], "lr": 0.01, **({"momentum": 0.9} if case.cls is ours.SGD else {})}
+    config = {key: value for key, value in config.items() if not has_tensors({key: value})}
+    if case.cls is ours.Adadelta:
+        config["eps"] = 0.1  # beside 1e-6 gradcheck's difference of 1e-6 is no small one
+    warm = leaf(*START).detach()
+    source = build(case.cls, [warm], config)
+    for g in (*GRADS, GRADS[-1]):  # Rprop forgets a gradient whose sign has changed, and at 0 a sign has no derivative
+        warm.grad = leaf(*g).detach()
+        source.step()
+    state = source.state_dict()["state"][0]
+    names = list(state)
+
+    def f(*values: Tensor) -> Tensor:
+        p = warm.clone()
+        optimizer = build(case.cls, [p], config, differentiable=True)
+        saved = optimizer.state_dict()
+        saved["state"] = {0: dict(zip(names, values, strict=True))}
+        optimizer.load_state_dict(saved)
+        for g in GRADS[:2]:
+            p.grad = leaf(*g).detach()
+            optimizer.step()
+        return p
+
+    assert gradcheck(f, [state[name].detach().double().requires_grad_() for name in names])
+
+
 def test_learning_rate_by_its_own_derivative() -> None:
     """d/dlr of the loss after two steps on x²: x → x(1 − 2lr)², so the derivative is 2·x(1−2lr)²·2x(1−2lr)(−2)."""
     lr = leaf(0.1)

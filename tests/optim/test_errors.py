@@ -29,7 +29,7 @@ REFUSED: list[dict[str, Any]] = [
     dict(betas=(0.9, 1.0)),
     dict(betas=(2, 2)),
     dict(betas=(NAN, 0.9)),
-    dict(alpha=-0.1),
+    dict(alpha=-0.1, centered=False),
     dict(lr_decay=-0.1),
     dict(rho=-0.1),
     dict(rho=1.1),
@@ -155,6 +155,22 @@ def test_sparse_gradients_are_refused_in_torchs_words(case: Case, foreach: bool 
     stock, told = ends
     assert type(told) is type(stock)
     assert str(told).startswith(str(stock))
+
+
+@pytest.mark.parametrize("how", [dict(device="meta"), dict(dtype=torch.complex64), dict(dtype=torch.int64)], ids=str)
+@each(tuple(case for case in CASES if case.takes("fused")))
+def test_fused_on_what_is_not_floating_point_is_refused_in_torchs_words(case: Case, how: dict[str, Any]) -> None:
+    told = []
+    for cls in (torch.optim.AdamW, case.cls):
+        p = torch.ones(2, **how)
+        optimizer = cls([p], lr=0.1, fused=True)
+        p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError) as raised:
+            optimizer.step()
+        told.append(str(raised.value))
+    assert told[1].startswith(told[0].partition(" but ")[0])
+    assert str(p.dtype) in told[1]
+    assert told[1].endswith("leave fused out")
 
 
 @each(tuple(case for case in TWINS if case.takes("capturable")))

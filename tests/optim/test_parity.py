@@ -136,6 +136,8 @@ def test_every_path_is_within_one_ulp_a_step(
     Paths round in another order. Ours errs by at most one ulp of the weight (of the state) more than torch's loop does.
     """
     assert case.twin is not None
+    if "fused" in options and dtype.is_complex:
+        return  # refused, as torch does: test_errors.py
     params = parameters(dtype, device)
     warm = build(case.twin, params, config, **LOOP)
     run(warm, gradients(params, 8))

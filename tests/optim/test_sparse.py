@@ -51,7 +51,7 @@ def test_equals_torch(cls: Any, twin: Any, config: dict[str, Any], dtype: torch.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
         expected = trained(twin, False)
-    if foreach is False:
+    if foreach is False and dtype != torch.bfloat16:  # halves are computed in float32, beside a sparse one too
         same(found, expected)
     else:
         eps = torch.finfo(dtype).eps

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_one_element
 from torchcalc.optim.optimizer import Optimizer, ParamsT
 from torchcalc.optim.tensor_list import Scalar, Vector, add_product_, add_scaled, add_scaled_, as_kind_of, as_real
@@ -49,23 +50,15 @@ def adadelta(
     add_scaled_(p, as_kind_of(p, d), -lr)  # (5)
 
 
+@documented
 class Adadelta(Optimizer):
     """Adadelta: a drop-in for ``torch.optim.Adadelta``.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
         lr: what the step is multiplied by, a finite number >= 0 or a 1-element tensor.
         rho: ρ in [0, 1].
         eps: ε >= 0.
         weight_decay: λ >= 0.
-        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
-        maximize: ascend.
-        capturable: keep the step count on the device, for CUDA graphs.
-        differentiable: let autograd record the step; the parameters are then not leaves.
-        max_norm, skip_nonfinite, rounding: as for :class:`torchcalc.optim.AdamW`.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -78,8 +71,10 @@ class Adadelta(Optimizer):
 
     rule = staticmethod(adadelta)
     variants: ClassVar = {"weight_decay": (0, 0.1)}
+    on_xla: ClassVar[bool] = False
     sparse_error = "Adadelta does not support sparse gradients"
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -95,23 +90,7 @@ class Adadelta(Optimizer):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "rho": rho,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-                "capturable": capturable,
-                "foreach": foreach,
-                "differentiable": differentiable,
-            },
-            max_norm=max_norm,
-            skip_nonfinite=skip_nonfinite,
-            rounding=rounding,
-        )
+    ) -> None: ...
 
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])

@@ -14,11 +14,12 @@ Reference: Duchi, Hazan, Singer 2011, JMLR 12, 2121-2159.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_implementation, check_one_element
 from torchcalc.optim.optimizer import Optimizer, ParamsT, new_step
 from torchcalc.optim.tensor_list import Scalar, Vector, add_ratio_, add_scaled, as_real
@@ -39,9 +40,7 @@ def adagrad(
 def adagrad_sparse(
     p: Tensor, g: Tensor, s: Tensor, *, t: Scalar, lr: Scalar, lr_decay: float, eps: float, weight_decay: float
 ) -> None:
-    if weight_decay != 0:
-        raise RuntimeError("weight_decay option is not compatible with sparse gradients; pass weight_decay=0")
-    g = g.coalesce()
+    g = g.coalesce()  # without weight decay: refused below
 
     def like_g(values: Tensor) -> Tensor:
         return torch.sparse_coo_tensor(g.indices(), values, g.size(), is_coalesced=True, check_invariants=False)
@@ -51,23 +50,15 @@ def adagrad_sparse(
     p.add_(like_g(g.values() / root), alpha=-(lr / (1 + (t - 1) * lr_decay)))  # (3)
 
 
+@documented
 class Adagrad(Optimizer):
     """Adagrad: a drop-in for ``torch.optim.Adagrad``; sparse gradients welcome.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
-        lr: step size, a finite number >= 0 or a 1-element tensor.
         lr_decay: η >= 0.
         weight_decay: λ >= 0.
         initial_accumulator_value: what s starts from, >= 0.
         eps: ε >= 0.
-        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
-        maximize: ascend.
-        differentiable: let autograd record the step; the parameters are then not leaves.
-        fused: True: unscaling inside ``GradScaler.step``.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
 
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = Adagrad([p], lr=0.1)
@@ -81,6 +72,7 @@ class Adagrad(Optimizer):
     variants: ClassVar = {"weight_decay": (0, 0.1)}
     sparse_rule = staticmethod(adagrad_sparse)
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -94,21 +86,10 @@ class Adagrad(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "lr_decay": lr_decay,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "initial_accumulator_value": initial_accumulator_value,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-                "fused": fused,
-            },
-        )
         for group in self.param_groups:  # as torch does, so that share_memory has what to share before the first step
             for p in group["params"]:
                 self.state[p] = {"step": new_step(p, group), "sum": self.new_slot("sum", p, p, group)}
@@ -132,6 +113,11 @@ class Adagrad(Optimizer):
 
     def slots(self, group: dict[str, Any]) -> dict[str, str]:
         return {"s": "sum"}
+
+    def refuses_sparse(self, group: dict[str, Any]) -> str:
+        if group["weight_decay"] != 0:
+            return "weight_decay option is not compatible with sparse gradients; pass weight_decay=0"
+        return super().refuses_sparse(group)
 
     def new_slot(self, key: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
         start = group["initial_accumulator_value"]

@@ -6,15 +6,16 @@ Rule, for the gradient g at step t (−g if maximize), with decay rates β₁, �
     p ← p − lr·λ·p              AdamW: weight decay beside the gradient           (1')
     m ← m + (1 − β₁)·(g − m)    the mean of g                                     (2)
     v ← β₂·v + (1 − β₂)·g²      the mean of g²                                    (3)
-    v̂ = max over time of v      only with amsgrad                                 (4)
-    p ← p − lr/(1 − β₁ᵗ) · m / (√v/√(1 − β₂ᵗ) + ε)                                (5)
+    u = v, or with amsgrad the largest v so far                                   (4)
+    p ← p − lr/(1 − β₁ᵗ) · m / (√u/√(1 − β₂ᵗ) + ε)                                (5)
 
 Why the corrections 1 − βᵗ: m starts at 0, so after t steps m = (1 − β)·Σ βᵗ⁻ⁱ·gᵢ, whose weights sum to 1 − βᵗ. For a
 constant gradient g, (5) is then lr·g/(|g| + ε) at every t, the first included: a step of lr, whatever the scale of
 the loss.
 
-References: Kingma, Ba 2015, arXiv:1412.6980; Loshchilov, Hutter 2019, arXiv:1711.05101 (AdamW); Reddi et al. 2018,
-arXiv:1904.09237 (amsgrad; as torch does, the maximum is taken before the correction).
+References: Kingma, Ba 2015, arXiv:1412.6980, whose v̂ is v/(1 − β₂ᵗ). Loshchilov, Hutter 2019, arXiv:1711.05101 (AdamW):
+their algorithm 2 has lr = η·α, of a schedule η and a constant α, and decays by η·λ, not by α; (1') is torch's, lr·λ.
+Reddi et al. 2018, arXiv:1904.09237 (amsgrad; as torch does, the maximum is taken before the correction).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from torchcalc.native.optim import Bound
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import (
     check_at_least_zero,
     check_betas,
@@ -68,31 +70,16 @@ def adam(
     add_ratio_(p, m, denominator, -(lr / (1 - b1**t)))  # (5)
 
 
+@documented
 class Adam(Optimizer):
     """Adam: a drop-in for ``torch.optim.Adam``.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
-        lr: step size, a finite number >= 0 or a 1-element tensor.
         betas: (β₁, β₂), both in [0, 1), both floats or both 1-element tensors.
         eps: ε >= 0, what the step is measured against where gradients are tiny.
         weight_decay: λ >= 0.
         amsgrad: divide by the largest v so far.
-        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
-        maximize: ascend.
-        capturable: keep the step count on the device, for CUDA graphs.
-        differentiable: let autograd record the step; the parameters are then not leaves.
-        fused: True: the native kernel where there is one (the default on CPU), and unscaling inside
-            ``GradScaler.step``.
-        decoupled_weight_decay: (1') instead of (1): AdamW.
-        max_norm: clip the gradient to this norm over all groups inside the step, as ``clip_grad_norm_`` beforehand
-            does, but ``p.grad`` is left alone; the norm found is in ``optimizer.grad_norm``. inf only measures it.
-        skip_nonfinite: leave out a step with inf or nan in any gradient; ``optimizer.skipped_steps`` counts them.
-        rounding: how bfloat16 and float16 parameters are rounded, "nearest" or "stochastic" (see ``extras.py``). Copies of
-            weights, as DDP has them, stay equal if torch's generator is in the same state on every rank.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
+        decoupled_weight_decay: weight decay beside the gradient, (1') instead of (1): AdamW.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -105,8 +92,10 @@ class Adam(Optimizer):
 
     rule = staticmethod(adam)
     variants: ClassVar = {"weight_decay": (0, 0.1), "amsgrad": (False, True)}
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "amsgrad": False, "decoupled_weight_decay": False}
     sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -125,26 +114,7 @@ class Adam(Optimizer):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "amsgrad": amsgrad,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "differentiable": differentiable,
-                "fused": fused,
-                "decoupled_weight_decay": decoupled_weight_decay,
-            },
-            max_norm=max_norm,
-            skip_nonfinite=skip_nonfinite,
-            rounding=rounding,
-        )
+    ) -> None: ...
 
     def native(
         self, bound: Bound, grads: list[Tensor], group: dict[str, Any], first: list[int], scaling: Scaling
@@ -190,10 +160,12 @@ class Adam(Optimizer):
         return {**averages, "v_max": "max_exp_avg_sq"} if group["amsgrad"] else averages
 
 
+@documented
 class AdamW(Adam):
     """AdamW, Adam with decoupled weight decay (1'): a drop-in for ``torch.optim.AdamW``.
 
-    Arguments and errors are those of :class:`Adam`; weight_decay is 0.01 by default.
+    Args:
+        weight_decay: λ >= 0, beside the gradient.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -204,6 +176,7 @@ class AdamW(Adam):
     0.95
     """
 
+    @takes_defaults(decoupled_weight_decay=True)
     def __init__(
         self,
         params: ParamsT,
@@ -221,24 +194,7 @@ class AdamW(Adam):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            max_norm=max_norm,
-            skip_nonfinite=skip_nonfinite,
-            rounding=rounding,
-        )
+    ) -> None: ...
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

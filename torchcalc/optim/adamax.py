@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_betas, check_one_element
 from torchcalc.optim.optimizer import Optimizer, ParamsT, to_scalar
 from torchcalc.optim.tensor_list import Scalar, Vector, add_ratio_, add_scaled, as_real, average_
@@ -50,23 +51,14 @@ def adamax(
     add_ratio_(p, m, u, -(lr / (1 - b1**t)))  # (4)
 
 
+@documented
 class Adamax(Optimizer):
     """Adamax: a drop-in for ``torch.optim.Adamax``.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
-        lr: step size, a finite number >= 0 or a 1-element tensor.
         betas: (β₁, β₂), both in [0, 1).
         eps: ε >= 0.
         weight_decay: λ >= 0.
-        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
-        maximize: ascend.
-        capturable: keep the step count on the device, for CUDA graphs.
-        differentiable: let autograd record the step; the parameters are then not leaves.
-        max_norm, skip_nonfinite, rounding: as for :class:`torchcalc.optim.AdamW`.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -81,6 +73,7 @@ class Adamax(Optimizer):
     variants: ClassVar = {"weight_decay": (0, 0.1)}
     sparse_error = "Adamax does not support sparse gradients"
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -96,23 +89,7 @@ class Adamax(Optimizer):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-                "capturable": capturable,
-            },
-            max_norm=max_norm,
-            skip_nonfinite=skip_nonfinite,
-            rounding=rounding,
-        )
+    ) -> None: ...
 
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])

@@ -24,8 +24,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from torchcalc.formula.expression import maximum
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_finite, check_one_element
-from torchcalc.optim.optimizer import Optimizer, ParamsT, live, new_scalar, read, to_scalar
+from torchcalc.optim.optimizer import Optimizer, ParamsT, is_recorded, live, read, to_scalar
 from torchcalc.optim.tensor_list import Scalar, Vector, add_scaled, add_scaled_, as_real, choose
 
 __all__ = ["ASGD"]
@@ -39,24 +40,16 @@ def asgd(p: Vector, g: Vector, a: Vector, *, eta: Scalar, mu: Scalar, lambd: flo
     a.copy_(choose(mu >= 1, p, a.add(p.sub(a).mul_(mu))))  # (3)
 
 
+@documented
 class ASGD(Optimizer):
     """Averaged SGD: a drop-in for ``torch.optim.ASGD``. The average of parameter p is ``optimizer.state[p]["ax"]``.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
         lr: the first step size, a finite number >= 0 or a 1-element tensor.
         lambd: λ, the decay in (2) and (4).
         alpha: α, the power in (4).
         t0: t₀, the step after which the average begins.
         weight_decay: w >= 0.
-        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
-        maximize: ascend.
-        capturable: keep the step count on the device, for CUDA graphs.
-        differentiable: let autograd record the step; the parameters are then not leaves.
-        max_norm, skip_nonfinite, rounding: as for :class:`torchcalc.optim.AdamW`.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -70,9 +63,13 @@ class ASGD(Optimizer):
 
     rule = staticmethod(asgd)
     variants: ClassVar = {"weight_decay": (0, 0.1)}
+    numbers = ("lr", "alpha", "t0")
+    #: eta is the lr of the first step, which advance sets.
+    scalars: ClassVar[dict[str, float]] = {"step": 0.0, "eta": 0.0, "mu": 1.0}
     sparse_error = "ASGD does not support sparse gradients"
     on_device = "params, mus, etas, and state_steps"
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -89,24 +86,7 @@ class ASGD(Optimizer):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "lambd": lambd,
-                "alpha": alpha,
-                "t0": t0,
-                "weight_decay": weight_decay,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-                "capturable": capturable,
-            },
-            max_norm=max_norm,
-            skip_nonfinite=skip_nonfinite,
-            rounding=rounding,
-        )
+    ) -> None: ...
 
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])
@@ -125,24 +105,25 @@ class ASGD(Optimizer):
         self, state: dict[str, Any], group: dict[str, Any], hyper: dict[str, Any], first: bool
     ) -> dict[str, Any]:
         lr = live(to_scalar(group["lr"]))
-        if "eta" not in state:
-            state["eta"] = (
-                new_scalar(0.0, state["ax"], group).copy_(lr)
-                if isinstance(lr, Tensor)
-                else (new_scalar(lr, state["ax"], group))
-            )
-            state["mu"] = new_scalar(1.0, state["ax"], group)
+        if first:
+            set_(state, "eta", lr)  # (4)
         t = super().advance(state, group, hyper, first)["t"]
-        eta, mu = read(state["eta"]), read(state["mu"])
-        if isinstance(eta, Tensor):
-            eta, mu = eta.clone(), mu.clone()  # the state itself is set below
+        eta, mu = get(state, "eta"), get(state, "mu")  # they are set below
         set_(state, "eta", lr / ((1 + group["lambd"] * lr * t) ** group["alpha"]))  # (4)
         set_(state, "mu", 1 / maximum(t - group["t0"], 1))  # (5)
         return {"eta": eta, "mu": mu}
 
 
+def get(state: dict[str, Any], key: str) -> Any:
+    """The number as it is now; a tensor where a derivative flows through it."""
+    x = state[key] if is_recorded(state[key]) else read(state[key])
+    return x.clone() if isinstance(x, Tensor) else x
+
+
 def set_(state: dict[str, Any], key: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        state[key].copy_(value)
-    else:
+    if not isinstance(value, Tensor):
         state[key].fill_(value)
+    elif is_recorded(value):  # an lr of which no derivative is taken is not to become the state, which is written
+        state[key] = value
+    else:
+        state[key].copy_(value)

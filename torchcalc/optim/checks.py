@@ -6,6 +6,7 @@ import difflib
 import math
 import sys
 import warnings
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -15,11 +16,16 @@ __all__ = [
     "check_betas",
     "check_finite",
     "check_implementation",
+    "check_numbers",
     "check_one_element",
     "check_tensor_betas",
     "check_tensor_lr",
+    "level_of_caller",
     "warn_of_misspelling",
 ]
+
+
+PYTHONS = frozenset((bool, int, float))
 
 
 def check_one_element(name: str, value: Any) -> None:
@@ -27,6 +33,18 @@ def check_one_element(name: str, value: Any) -> None:
         raise ValueError(
             f"Tensor {name} must be 1-element, but its shape is {tuple(value.shape)}; pass torch.tensor(0.1)"
         )
+
+
+def check_numbers(index: int, hyper: dict[str, Any]) -> None:
+    """Before every step: a rule must not fail at a hyperparameter once another group has been stepped.
+
+    Whether the number makes sense is checked where it is given to the optimizer; schedulers may set what they like.
+    """
+    if PYTHONS.issuperset(map(type, hyper.values())):
+        return
+    for name, x in hyper.items():
+        if not (x.numel() == 1 if isinstance(x, Tensor) else isinstance(x, Real)):
+            raise TypeError(f"{name} of parameter group {index} is {x!r}; it must be a number or a 1-element tensor")
 
 
 def check_at_least_zero(what: str, value: Any) -> None:
@@ -94,11 +112,11 @@ def warn_of_misspelling(group: dict[str, Any], known: dict[str, Any]) -> None:
             warnings.warn(
                 f"parameter group has an unknown option {key!r}, which changes nothing; did you mean {close[0]!r}?",
                 UserWarning,
-                stacklevel=_level_of_caller(),
+                stacklevel=level_of_caller(),
             )
 
 
-def _level_of_caller() -> int:
+def level_of_caller() -> int:
     """The stacklevel of the first frame outside of torch and torchcalc, for a warning of the calling function."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torchcalc"):

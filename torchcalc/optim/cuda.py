@@ -405,6 +405,7 @@ class Plan:
                 launch(way, arguments, batch, group["maximize"], None, control, scaling.seed, counter)
         for batch in self.batches:
             torch._C._increment_version(batch.params)  # autograd has not seen them written
+            optimizer._stepped(batch.params)
         if self.rest:
             entries = optimizer._entries(group, self.params)
             optimizer._step_group(group, [entries[i] for i in self.rest], scaling)

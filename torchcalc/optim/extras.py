@@ -29,6 +29,7 @@ from torch import Tensor
 
 from torchcalc import native
 from torchcalc.native.optim import GradNorm, grad_norm
+from torchcalc.optim.arguments import WHOLE
 from torchcalc.optim.tensor_list import TensorList
 
 __all__ = ["NORMAL", "Scaling", "check_extras", "clip_coefficient", "draw_seed", "global_norm", "round_stochastically_"]
@@ -80,7 +81,7 @@ def check_extras(max_norm: float | None, skip_nonfinite: bool, rounding: str) ->
 
 def check_group_extras(group: dict[str, Any]) -> None:
     """They are the optimizer's, since a norm is one of all groups: refused where they would change nothing."""
-    for name in ("max_norm", "skip_nonfinite", "rounding"):
+    for name in WHOLE:
         if name in group:
             raise ValueError(
                 f"{name}={group[name]!r} in a parameter group; it is for all groups: pass it to the optimizer"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from torchcalc.calculus.random_numbers import RandomNumbers
+from torchcalc.optim.arguments import documented
 from torchcalc.optim.armijo import change, enough
 from torchcalc.optim.checks import check_at_least_zero, check_one_element
 from torchcalc.optim.optimizer import Optimizer, ParamsT
@@ -47,6 +48,7 @@ class Descent(NamedTuple):
         return self.loss_after < self.loss_before
 
 
+@documented
 class GradientDescent(Optimizer):
     """Plain gradient descent that checks its own step.
 
@@ -57,14 +59,11 @@ class GradientDescent(Optimizer):
     loss changes by less than its rounding, the gradients decide. Without a closure it only steps.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
         lr: step size, a finite number >= 0 or a 1-element tensor; with backtrack the largest that is tried.
         backtrack: shrink the step until Armijo's test (2) holds; needs a closure.
         shrink: the factor between trials, in (0, 1).
         armijo: c in (2), in (0, 1).
         max_trials: after so many the parameters are put back, and the step is given up.
-        foreach: True: as lists of tensors; False: tensor by tensor.
-        maximize: ascend.
 
     Raises:
         ValueError: an argument, also of a single group, out of range.
@@ -88,6 +87,7 @@ class GradientDescent(Optimizer):
     rule = staticmethod(gradient_descent)
     sparse_rule = staticmethod(gradient_descent)
     counts_steps: ClassVar[bool] = False
+    whole = (*Optimizer.whole, "backtrack", "shrink", "armijo", "max_trials")
     descent: Descent | None = None
 
     def __init__(
@@ -109,10 +109,6 @@ class GradientDescent(Optimizer):
             raise ValueError(f"Invalid max_trials value: {max_trials}; it must be at least 1")
         self.backtrack, self.shrink, self.armijo, self.max_trials = backtrack, shrink, armijo, max_trials
         super().__init__(params, {"lr": lr, "foreach": foreach, "maximize": maximize, "differentiable": False})
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {k: getattr(self, k) for k in ("backtrack", "shrink", "armijo", "max_trials")}
-        return {**super().__getstate__(), **own}
 
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])

@@ -58,6 +58,8 @@ def step(
     if counts:
         own: dict[str, Any] = {"t": 1.0} if optimizer.counts_steps else {}
     else:
+        if bound.refused(grads):
+            return UNSUPPORTED, None  # before anything is counted: the rule may raise
         new = set(first)
         owns = [optimizer.advance(state, group, hyper, i in new) for i, state in enumerate(states)]
         own = owns[0]

@@ -3,7 +3,7 @@
 Rule, for the gradient g (−g if maximize), with β₁, β₂, decoupled weight decay λ, step size lr:
 
     p ← p − lr·λ·p                                                                (1)
-    p ← p − lr·sign(m + (1 − β₁)·(g − m))      a nearer look than m itself        (2)
+    p ← p − lr·sign(m + (1 − β₁)·(g − m))      weights g more than m does         (2)
     m ← m + (1 − β₂)·(g − m)                                                      (3)
 
 One slot of state where Adam has two. Since each step has size lr in every weight, lr wants to be 3 to 10 times
@@ -14,10 +14,11 @@ Reference: Chen et al. 2023, arXiv:2302.06675, algorithm 2.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_betas, check_implementation, check_one_element
 from torchcalc.optim.optimizer import Optimizer, ParamsT, to_scalar
 from torchcalc.optim.tensor_list import Scalar, Vector, add_scaled_, as_real, average_
@@ -33,21 +34,14 @@ def lion(p: Vector, g: Vector, m: Vector, *, lr: Scalar, b1: Scalar, b2: Scalar,
     average_(m, g, b2)  # (3)
 
 
+@documented
 class Lion(Optimizer):
     """Lion (evolved sign momentum); torch has none.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
-        lr: step size, a finite number >= 0 or a 1-element tensor.
         betas: (β₁, β₂), both in [0, 1).
         weight_decay: λ >= 0, decoupled.
-        foreach: True: as lists of tensors; False: tensor by tensor.
-        maximize: ascend.
         differentiable: let autograd record the step (the sign has derivative 0).
-        fused: True: unscaling inside ``GradScaler.step``.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
@@ -63,6 +57,7 @@ class Lion(Optimizer):
     sparse_error = "Lion does not support sparse gradients"
     counts_steps: ClassVar[bool] = False
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -74,19 +69,10 @@ class Lion(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "weight_decay": weight_decay,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-                "fused": fused,
-            },
-        )
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+    ) -> None: ...
 
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])

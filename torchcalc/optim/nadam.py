@@ -15,12 +15,13 @@ Reference: Dozat 2016, "Incorporating Nesterov momentum into Adam", ICLR worksho
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_betas, check_one_element
-from torchcalc.optim.optimizer import Optimizer, ParamsT, new_scalar, read, to_scalar
+from torchcalc.optim.optimizer import Optimizer, ParamsT, read, to_scalar
 from torchcalc.optim.tensor_list import Scalar, Vector, add_product_, add_ratio_, add_scaled, as_real, average_
 
 __all__ = ["NAdam"]
@@ -56,24 +57,16 @@ def nadam(
     add_ratio_(p, m, s, (-lr * mu_next) / (1.0 - mu_product * mu_next))  # (4)
 
 
+@documented
 class NAdam(Optimizer):
     """NAdam: a drop-in for ``torch.optim.NAdam``.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
-        lr: step size, a finite number >= 0 or a 1-element tensor.
         betas: (β₁, β₂), both in [0, 1).
         eps: ε >= 0.
         weight_decay: λ >= 0.
         momentum_decay: ψ >= 0.
         decoupled_weight_decay: weight decay beside the gradient, as in AdamW.
-        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
-        maximize: ascend.
-        capturable: keep the step count on the device, for CUDA graphs.
-        differentiable: let autograd record the step; the parameters are then not leaves.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -86,9 +79,13 @@ class NAdam(Optimizer):
 
     rule = staticmethod(nadam)
     variants: ClassVar = {"weight_decay": (0, 0.1), "decoupled_weight_decay": (False, True)}
+    numbers = ("momentum_decay",)
+    scalars: ClassVar[dict[str, float]] = {"step": 0.0, "mu_product": 1.0}
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "decoupled_weight_decay": False}
     sparse_error = "NAdam does not support sparse gradients"
     on_device = "params, mu_products and state_steps"
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -103,22 +100,10 @@ class NAdam(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "momentum_decay": momentum_decay,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "differentiable": differentiable,
-            },
-        )
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+    ) -> None: ...
 
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])
@@ -145,11 +130,13 @@ class NAdam(Optimizer):
     def advance(
         self, state: dict[str, Any], group: dict[str, Any], hyper: dict[str, Any], first: bool
     ) -> dict[str, Any]:
-        if "mu_product" not in state:
-            state["mu_product"] = new_scalar(1.0, state["exp_avg"], group)
         t = super().advance(state, group, hyper, first)["t"]
         psi = group["momentum_decay"]
         mu = hyper["b1"] * (1.0 - 0.5 * (0.96 ** (t * psi)))  # (2)
         mu_next = hyper["b1"] * (1.0 - 0.5 * (0.96 ** ((t + 1) * psi)))
-        state["mu_product"] *= mu
+        product = state["mu_product"]
+        if group["differentiable"]:
+            state["mu_product"] = (product * mu).to(product.dtype)
+        else:
+            product *= mu
         return {"t": t, "mu": mu, "mu_next": mu_next, "mu_product": read(state["mu_product"])}

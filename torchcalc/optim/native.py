@@ -54,7 +54,8 @@ class Plan:
             return Bound([e.p for e in ours], slots, [e.state["step"] for e in ours] if counts_steps else [])
 
         tensors = [(e.p, e.g, *self.read(e.state)) for e in entries]
-        self.places = [i for i, each in enumerate(tensors) if all(type(t) in PLAIN for t in each)]
+        shared = _sharing(tensors)
+        self.places = [i for i, each in enumerate(tensors) if i not in shared and all(type(t) in PLAIN for t in each)]
         self.bound = bind(self.places)
         if refused := self.bound.refused([entries[i].g for i in self.places]):
             self.places = [i for k, i in enumerate(self.places) if k not in refused]
@@ -77,6 +78,24 @@ class Plan:
             )
         except KeyError:  # a slot was deleted
             return False
+
+
+def _sharing(tensors: list[tuple[Tensor, ...]]) -> set[int]:
+    """The places of those parameters, (p, g, *state), that share memory with another: a kernel takes none beside them."""
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), place)
+        for place, (p, _, *state) in enumerate(tensors)
+        for t in (p, *state)
+        if type(t) in PLAIN and t.layout == torch.strided and t.numel()
+    )
+    shared: set[int] = set()
+    end, owner = 0, 0
+    for start, stop, place in spans:
+        if start < end:
+            shared |= {owner, place}
+        if stop > end:
+            end, owner = stop, place
+    return shared
 
 
 def _look(p: Tensor) -> list[Any]:

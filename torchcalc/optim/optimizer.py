@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -37,8 +36,9 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torchcalc.optim import cuda, kernel
-from torchcalc.optim.checkpoint import load_state_dict
-from torchcalc.optim.checks import warn_of_misspelling
+from torchcalc.optim.arguments import WHOLE
+from torchcalc.optim.checkpoint import load_state_dict, state_dtype
+from torchcalc.optim.checks import check_numbers, warn_of_misspelling
 from torchcalc.optim.extras import (
     NORMAL,
     Scaling,
@@ -91,16 +91,26 @@ class Optimizer(torch.optim.Optimizer):
     sparse_rule: ClassVar[Callable[..., None] | None] = None
     sparse_error: ClassVar[str] = ""
     counts_steps: ClassVar[bool] = True
+    #: State that is one number for each parameter, and what it starts from; there is none unless steps are counted.
+    scalars: ClassVar[dict[str, float]] = {"step": 0.0}
+    #: Hyperparameters that checkpoints of old torch lack, and what they meant: torch's ``__setstate__`` has them too.
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False}
+    #: Numbers of a group that advance or new_slot reads, besides those of hyper.
+    numbers: ClassVar[tuple[str, ...]] = ()
     #: What capturable=True keeps on the device, in torch's words.
     on_device: ClassVar[str] = "params and state_steps"
+    on_xla: ClassVar[bool] = True
     #: Options that change the formula, with a value for each way that the rule goes: every combination has a kernel, made
     #: from the rule when the kernels are built; see :mod:`torchcalc.optim.kernel`.
     variants: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     #: A kernel written by hand instead: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
     native: Callable[..., int] | None = None
 
+    #: Options that are the whole optimizer's, and no group's: attributes of the constructor's names.
+    whole: ClassVar[tuple[str, ...]] = WHOLE
+
     #: ‖g‖ over all parameters at the last step, before clipping; needs max_norm or skip_nonfinite.
-    grad_norm: float | Tensor | None = None
+    grad_norm: float | Tensor | None
 
     def __init__(
         self,
@@ -120,6 +130,7 @@ class Optimizer(torch.optim.Optimizer):
                 "neither; leave them out, and clip by differentiable operations before the step"
             )
         self.max_norm, self.skip_nonfinite, self.rounding = max_norm, skip_nonfinite, rounding
+        self.grad_norm = None
         self._forget()
         super().__init__(params, defaults)
         if defaults.get("fused"):  # only then: with it Lightning refuses gradient_clip_val under 16-mixed
@@ -139,6 +150,10 @@ class Optimizer(torch.optim.Optimizer):
         """The rule's slots, and the state keys where they are kept."""
         raise NotImplementedError
 
+    def refuses_sparse(self, group: dict[str, Any]) -> str:
+        """Why the group takes no sparse gradient; "" if it does."""
+        return "" if self.sparse_rule else self.sparse_error
+
     def new_slot(self, key: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
         """A slot at its parameter's first step."""
         return torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -149,7 +164,10 @@ class Optimizer(torch.optim.Optimizer):
         """Count the step; return the rule's arguments that differ between parameters. first: the slots are new."""
         if not self.counts_steps:
             return {}
-        state["step"] += 1
+        if is_recorded(state["step"]):
+            state["step"] = state["step"] + 1
+        else:
+            state["step"] += 1
         return {"t": read(state["step"])}
 
     # The driver.
@@ -198,14 +216,21 @@ class Optimizer(torch.optim.Optimizer):
         self._new_plans = False
         self._memory = cuda.Memory(getattr(self, "_memory", None))
         self._skipped = 0
+        self._fresh: dict[Tensor, list[str]] = {}  # keys of state that was made for the step that is under way
 
     @property
     def skipped_steps(self) -> int:
         """How many steps skip_nonfinite has left out. On a GPU reading it waits for the device."""
         return self._skipped + cuda.skipped_steps(self._memory)
 
+    def __repr__(self) -> str:
+        """torch's, and what the optimizer was told about all groups."""
+        defaults = {**inspect.signature(Optimizer).parameters, **inspect.signature(type(self)).parameters}
+        told = [f"    {k}: {v}\n" for k in self.whole if (v := getattr(self, k)) != defaults[k].default]
+        return super().__repr__() if not told else f"{super().__repr__()[:-1]}All Groups\n{''.join(told)})"
+
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_norm", "skip_nonfinite", "rounding", "grad_norm", "skipped_steps")
+        own = (*self.whole, "grad_norm", "skipped_steps")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -221,9 +246,18 @@ class Optimizer(torch.optim.Optimizer):
 
     @without_dynamo
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer or of its torch twin; see :mod:`torchcalc.optim.checkpoint`."""
-        load_state_dict(self, state_dict)
+    def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = True) -> None:
+        """Load a state dict of this optimizer or of its torch twin: by name where names are known, else in order.
+
+        Args:
+            state_dict: what ``state_dict()`` returned; it is copied.
+            strict: False: leave out what does not fit, with a warning that says what. A parameter that is left out keeps
+                the state that it has.
+
+        Raises:
+            ValueError: groups, hyperparameters, names, slots or shapes do not fit. Nothing is changed then.
+        """
+        load_state_dict(self, state_dict, strict=strict)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step.
@@ -247,8 +281,19 @@ class Optimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if self._plans and not same(self._states, self.state.values()):
             self._plans.clear()
-        if cuda.is_wanted(self) and cuda.step(self, self._memory, grad_scale, found_inf):
-            return
+        try:
+            if not (cuda.is_wanted(self) and cuda.step(self, self._memory, grad_scale, found_inf)):
+                if self._fresh:
+                    self._take_back()  # state that was made before the kernels declined
+                self._step_groups(grad_scale, found_inf)
+        except BaseException:
+            self._take_back()
+            raise
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._forget_plans()  # module.to() swaps only tensors that nobody else holds, and a bound step holds them
+
+    def _step_groups(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """The step of all groups, each its own way, unless GradScaler or skip_nonfinite leaves it out."""
         if found_inf is not None and found_inf.item():
             self._skipped += self.skip_nonfinite
             return
@@ -262,6 +307,26 @@ class Optimizer(torch.optim.Optimizer):
             step(scaling)
             if scaling.seed is not None:  # one for each group: a kernel counts the places within its group only
                 scaling = scaling._replace(seed=scaling.seed + 1)
+
+    def _take_back(self) -> None:
+        """A step has failed: state of parameters that it has not stepped is not there, so that the next one makes it."""
+        for p, keys in self._fresh.items():
+            for key in keys:
+                self.state[p].pop(key, None)
+            if not self.state[p]:
+                del self.state[p]
+        self._fresh.clear()
+        self._forget_plans()
+
+    def _stepped(self, params: Iterable[Tensor]) -> None:
+        """These have been stepped: state that was made for them stays, whatever happens to others."""
+        if self._fresh:
+            for p in params:
+                self._fresh.pop(p, None)
+
+    def _forget_plans(self) -> None:
+        self._plans.clear()
+        self._memory.plans.clear()
 
     def _note_plans(self) -> None:
         if self._new_plans:
@@ -292,6 +357,9 @@ class Optimizer(torch.optim.Optimizer):
             params = [p for p, g in zip(params, found, strict=True) if g is not None]
         if not grads:
             return lambda scaling: None
+        if not torch.compiler.is_compiling():
+            hyper = self.hyper(group)
+            check_numbers(index, {**hyper, **{key: group[key] for key in self.numbers}} if self.numbers else hyper)
         if not is_wanted(group) or (self.native is None and not kernel.may_have_kernel(self, group)):
             entries = self._entries(group, params)
             return lambda scaling: self._step_group(group, entries, scaling)
@@ -323,6 +391,8 @@ class Optimizer(torch.optim.Optimizer):
                 if status != DONE:
                     self._plans.pop(key, None)  # a tensor has moved, or a gradient has other strides
                     rest = range(len(params))
+                elif made:
+                    self._stepped(made[i].p for i in plan.places)
             if rest:
                 entries = made or self._entries(group, params)
                 self._step_group(group, [entries[i] for i in rest], scaling, [advanced.get(i) for i in rest])
@@ -330,13 +400,15 @@ class Optimizer(torch.optim.Optimizer):
         return run
 
     def _entries(self, group: dict[str, Any], params: list[Tensor]) -> list[Entry]:
-        """Parameters with their gradient and state; raises before any state of the group is made."""
+        """Parameters with their gradient and state. What it makes is taken back if this step fails."""
         grads = [p.grad for p in params if p.grad is not None]
-        if self.sparse_rule is None and any(g.is_sparse for g in grads):
-            raise RuntimeError(self.sparse_error)
+        if (refused := self.refuses_sparse(group)) and any(g.is_sparse for g in grads):
+            raise RuntimeError(refused)
+        if group.get("fused"):
+            check_fused(params)
         if "capturable" in self.defaults and not torch.compiler.is_compiling():
             if group["capturable"]:
-                check_capturable(params, self.on_device)
+                check_capturable(params, self.on_device, self.on_xla)
             if not params[0].is_cpu:
                 cuda.check_graph_capture(self)
         keys = self.slots(group).values()
@@ -344,10 +416,14 @@ class Optimizer(torch.optim.Optimizer):
         for p, g in zip(params, grads, strict=True):
             state = self.state[p] if keys or self.counts_steps else {}
             missing = [key for key in keys if state.get(key) is None]
-            if self.counts_steps and "step" not in state:
-                state["step"] = new_step(p, group)
-            for key in missing:
-                state[key] = self.new_slot(key, p, g, group)
+            uncounted = [key for key in self.scalars if key not in state] if self.counts_steps else []
+            if missing or uncounted:
+                self._fresh[p] = [*missing, *uncounted]
+                state.update({key: new_scalar(self.scalars[key], p, group) for key in uncounted})
+                state.update({key: self.new_slot(key, p, g, group) for key in missing})
+            for key in keys:
+                if state[key].dtype != p.dtype and (dtype := state_dtype(state[key], p)) != state[key].dtype:
+                    state[key] = state[key].to(dtype)  # the parameter's dtype was changed
             entries.append(Entry(p, g, [state[key] for key in keys], state, first=bool(missing)))
         return entries
 
@@ -356,20 +432,22 @@ class Optimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         entries: list[Entry],
         scaling: Scaling,
-        advanced: Iterable[dict[str, Any] | None] = itertools.repeat(None),
+        advanced: Sequence[dict[str, Any] | None] = (),
     ) -> None:
         """By the rule. advanced: what advance has returned for those entries where it was called already."""
         hyper = self.hyper(group)
         if "lr" in hyper:
             hyper["lr"] = live(to_scalar(hyper["lr"]))
         as_lists = goes_foreach(group, entries)
-        buckets: dict[Any, list[tuple[list[Tensor], dict[str, Any]]]] = {}
+        buckets: dict[Any, list[tuple[Entry, list[Tensor], dict[str, Any]]]] = {}
         sharded: list[Tensor] = []
         widened = 0
-        for e, own in zip(entries, advanced, strict=False):
+        for i, e in enumerate(entries):
+            own = advanced[i] if advanced else None
             scalars = self.advance(e.state, group, hyper, e.first) if own is None else own
             if group["differentiable"]:
                 self._step_recorded(group, e, {**hyper, **scalars})
+                self._stepped([e.p])
                 continue
             tensors = local_shards([e.p, e.g, *e.slots])
             if tensors[0] is not e.p:
@@ -380,12 +458,17 @@ class Optimizer(torch.optim.Optimizer):
                 if tensors[0].dtype in HALVES:  # their float32 copies are made for so many elements at a time
                     widened += tensors[0].numel()
                     chunk = widened // MOST_WIDENED
-                buckets.setdefault((e.p.device, e.p.dtype, numbers, chunk), []).append((tensors, scalars))
+                buckets.setdefault((e.p.device, e.p.dtype, numbers, chunk), []).append((e, tensors, scalars))
             else:
                 self._step_one(group, tensors, {**hyper, **scalars}, scaling)
+                self._stepped([e.p])
         for bucket in buckets.values():
-            lists = [TensorList(ts) for ts in zip(*(tensors for tensors, _ in bucket), strict=True)]
-            scalars = {k: stack([scalars[k] for _, scalars in bucket]) for k in bucket[0][1]}
+            lists = [TensorList(ts) for ts in zip(*(tensors for _, tensors, _ in bucket), strict=True)]
+            scalars = {k: stack([scalars[k] for *_, scalars in bucket]) for k in bucket[0][2]}
+            if (
+                "lr" in hyper and torch.compiler.is_compiling()
+            ):  # Dynamo does not trace a Tensor divided by a TensorList
+                scalars["lr"] = TensorList([hyper["lr"]] * len(bucket))
             if lists[0].dtype in HALVES:
                 wide = [TensorList([t.float() for t in each.tensors]) for each in lists]
                 self._apply(group, wide, {**hyper, **scalars}, scaling)
@@ -394,6 +477,7 @@ class Optimizer(torch.optim.Optimizer):
                         each.copy_(wide[i])
             else:
                 self._apply(group, lists, {**hyper, **scalars}, scaling)
+            self._stepped(e.p for e, *_ in bucket)
         if sharded and not torch.compiler.is_compiling():  # autograd has seen their shards written, and not them
             torch.autograd.graph.increment_version(sharded)
 
@@ -410,8 +494,9 @@ class Optimizer(torch.optim.Optimizer):
         """One parameter; halves in float32, mixed dtypes (state that was loaded, say) in the widest, rounded once at the end."""
         p = tensors[0]
         stochastic = scaling.seed is not None and p.dtype in HALVES
-        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), computed_in(p))
-        if all(t.dtype == dtype for t in tensors) or (tensors[1].is_sparse and not stochastic):
+        least = p.dtype if tensors[1].is_sparse and not stochastic else computed_in(p)
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), least)
+        if all(t.dtype == dtype for t in tensors):
             return self._apply(group, tensors, args, scaling)
         wide = [t.to(dtype) for t in tensors]
         self._apply(group, wide, args, scaling)
@@ -471,12 +556,18 @@ def live(lr: Any) -> Any:
     return lr
 
 
+def is_recorded(scalar: Tensor) -> bool:
+    """Whether a derivative flows through a scalar of the state: with differentiable=True the state may be given."""
+    return scalar.requires_grad and torch.is_grad_enabled()
+
+
 def read(scalar: Tensor) -> Any:
-    """A scalar of the state as a number; as a tensor where reading it would cost a synchronisation or a graph.
+    """A scalar of the state as a number; as a tensor where reading it would cost a synchronisation, a graph, or a
+    derivative.
 
     That tensor has a number's precision: in float32, 1 − 0.999ᵗ would be wrong in the fifth digit at t = 1.
     """
-    if scalar.is_cpu and not torch.compiler.is_compiling():
+    if scalar.is_cpu and not torch.compiler.is_compiling() and not is_recorded(scalar):
         return scalar.item()
     return scalar if scalar.device.type == "mps" else scalar.double()  # MPS has no float64
 
@@ -496,15 +587,25 @@ def new_step(p: Tensor, group: dict[str, Any]) -> Tensor:
     return new_scalar(0.0, p, group)
 
 
-def check_capturable(params: list[Tensor], on_device: str) -> None:
+def check_capturable(params: list[Tensor], on_device: str, on_xla: bool) -> None:
     from torch.optim.optimizer import _get_capturable_supported_devices
 
-    supported = _get_capturable_supported_devices()
+    supported = _get_capturable_supported_devices(supports_xla=on_xla)
     for p in params:
         if p.device.type not in supported:
             raise AssertionError(
                 f"If capturable=True, {on_device} must be on supported devices: {supported}.; "
                 f"a parameter is on {p.device}: pass capturable=False"
+            )
+
+
+def check_fused(params: list[Tensor]) -> None:
+    supported = torch.utils._foreach_utils._get_fused_kernels_supported_devices()
+    for p in params:
+        if p.device.type not in supported or not p.is_floating_point():
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of supported devices: "
+                f"{supported} but {p.dtype} and {p.device.type}; leave fused out"
             )
 
 

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_betas, check_one_element
 from torchcalc.optim.optimizer import Optimizer, ParamsT, to_scalar
 from torchcalc.optim.tensor_list import (
@@ -72,24 +73,15 @@ def radam(
     p.add_(choose(rho > 5.0, adapted, step), alpha=-1)  # (4), (5)
 
 
+@documented
 class RAdam(Optimizer):
     """RAdam (rectified Adam): a drop-in for ``torch.optim.RAdam``.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
-        lr: step size, a finite number >= 0 or a 1-element tensor.
         betas: (β₁, β₂), both in [0, 1).
         eps: ε >= 0.
         weight_decay: λ >= 0.
         decoupled_weight_decay: weight decay beside the gradient, as in AdamW.
-        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
-        maximize: ascend.
-        capturable: keep the step count on the device, for CUDA graphs.
-        differentiable: let autograd record the step; the parameters are then not leaves.
-        max_norm, skip_nonfinite, rounding: as for :class:`torchcalc.optim.AdamW`.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -102,8 +94,10 @@ class RAdam(Optimizer):
 
     rule = staticmethod(radam)
     variants: ClassVar = {"weight_decay": (0, 0.1), "decoupled_weight_decay": (False, True)}
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "decoupled_weight_decay": False}
     sparse_error = "RAdam does not support sparse gradients"
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -120,24 +114,7 @@ class RAdam(Optimizer):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "differentiable": differentiable,
-            },
-            max_norm=max_norm,
-            skip_nonfinite=skip_nonfinite,
-            rounding=rounding,
-        )
+    ) -> None: ...
 
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])

@@ -21,10 +21,11 @@ References: Tieleman, Hinton 2012, lecture 6.5 of "Neural networks for machine l
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_one_element
 from torchcalc.optim.optimizer import Optimizer, ParamsT
 from torchcalc.optim.tensor_list import (
@@ -70,24 +71,16 @@ def rmsprop(
         add_ratio_(p, g, s, -lr)  # (6)
 
 
+@documented
 class RMSprop(Optimizer):
     """RMSprop: a drop-in for ``torch.optim.RMSprop``.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
-        lr: step size, a finite number >= 0 or a 1-element tensor.
         alpha: smoothing constant >= 0.
         eps: ε >= 0.
         weight_decay: λ >= 0.
         momentum: μ >= 0. 0 keeps no buffer.
         centered: divide by the standard deviation of the gradient.
-        capturable: keep the step count on the device, for CUDA graphs.
-        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
-        maximize: ascend.
-        differentiable: let autograd record the step; the parameters are then not leaves.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -100,8 +93,10 @@ class RMSprop(Optimizer):
 
     rule = staticmethod(rmsprop)
     variants: ClassVar = {"weight_decay": (0, 0.1), "momentum": (0, 0.9), "centered": (False, True)}
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "momentum": 0, "centered": False}
     sparse_error = "RMSprop does not support sparse gradients"
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -115,22 +110,11 @@ class RMSprop(Optimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "alpha": alpha,
-                "eps": eps,
-                "centered": centered,
-                "weight_decay": weight_decay,
-                "capturable": capturable,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-            },
-        )
+        *,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+    ) -> None: ...
 
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])

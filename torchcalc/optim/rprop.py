@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_one_element
 from torchcalc.optim.optimizer import Optimizer, ParamsT, to_scalar
 from torchcalc.optim.tensor_list import Scalar, Vector, as_real
@@ -51,22 +52,14 @@ def rprop(
     previous.copy_(g)  # (5)
 
 
+@documented
 class Rprop(Optimizer):
     """Rprop (resilient backpropagation): a drop-in for ``torch.optim.Rprop``.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
         lr: the first step size of every weight, a finite number >= 0 or a 1-element tensor.
         etas: (η⁻, η⁺), 0 < η⁻ < 1 < η⁺.
         step_sizes: the smallest and the largest step size.
-        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
-        maximize: ascend.
-        capturable: keep the step count on the device, for CUDA graphs.
-        differentiable: let autograd record the step; the parameters are then not leaves.
-        max_norm, skip_nonfinite, rounding: as for :class:`torchcalc.optim.AdamW`.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
@@ -80,8 +73,10 @@ class Rprop(Optimizer):
 
     rule = staticmethod(rprop)
     variants: ClassVar = {}
+    numbers = ("lr",)
     sparse_error = "Rprop does not support sparse gradients"
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -96,22 +91,7 @@ class Rprop(Optimizer):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "etas": etas,
-                "step_sizes": step_sizes,
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-                "capturable": capturable,
-            },
-            max_norm=max_norm,
-            skip_nonfinite=skip_nonfinite,
-            rounding=rounding,
-        )
+    ) -> None: ...
 
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])

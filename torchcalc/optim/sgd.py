@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from torchcalc.native.optim import Bound
+from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_finite, check_implementation, check_one_element
 from torchcalc.optim.extras import Scaling
 from torchcalc.optim.optimizer import Optimizer, ParamsT
@@ -57,29 +58,15 @@ def _nonzero(x: Scalar) -> bool:
     return bool(isinstance(x, Tensor) or x != 0)
 
 
+@documented
 class SGD(Optimizer):
     """SGD with momentum, dampening, Nesterov and weight decay: a drop-in for ``torch.optim.SGD``.
 
     Args:
-        params: parameters, named parameters, or dicts of parameter groups.
-        lr: step size, a finite number >= 0 or a 1-element tensor.
         momentum: μ >= 0. 0 keeps no state.
         dampening: τ.
         weight_decay: λ >= 0, a number or a 1-element tensor.
         nesterov: look one step ahead; needs momentum > 0 and dampening 0.
-        maximize: ascend.
-        foreach: True: as lists of tensors; False: tensor by tensor, equal to torch's loop to the last bit.
-        differentiable: let autograd record the step; the parameters are then not leaves.
-        fused: True: the native kernel where there is one (the default on CPU), and unscaling inside
-            ``GradScaler.step``.
-        max_norm: clip the gradient to this norm over all groups inside the step, as ``clip_grad_norm_`` beforehand
-            does, but ``p.grad`` is left alone; the norm found is in ``optimizer.grad_norm``. inf only measures it.
-        skip_nonfinite: leave out a step with inf or nan in any gradient; ``optimizer.skipped_steps`` counts them.
-        rounding: how bfloat16 and float16 parameters are rounded, "nearest" or "stochastic" (see ``extras.py``). Copies of
-            weights, as DDP has them, stay equal if torch's generator is in the same state on every rank.
-
-    Raises:
-        ValueError: an argument, also of a single group, out of range; found before anything is changed.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -94,7 +81,9 @@ class SGD(Optimizer):
     variants: ClassVar = {"weight_decay": (0, 0.1), "momentum": (0, 0.9), "nesterov": (False, True)}
     sparse_rule = staticmethod(sgd)
     counts_steps: ClassVar[bool] = False
+    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "nesterov": False}
 
+    @takes_defaults()
     def __init__(
         self,
         params: ParamsT,
@@ -111,24 +100,7 @@ class SGD(Optimizer):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "maximize": maximize,
-                "foreach": foreach,
-                "differentiable": differentiable,
-                "fused": fused,
-            },
-            max_norm=max_norm,
-            skip_nonfinite=skip_nonfinite,
-            rounding=rounding,
-        )
+    ) -> None: ...
 
     def native(
         self, bound: Bound, grads: list[Tensor], group: dict[str, Any], first: list[int], scaling: Scaling
