@@ -90,7 +90,7 @@ def errors(y: Tensor, x: Tensor, truth: Callable[[Any], Any]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_error(name: str, dtype: torch.dtype) -> None:
-    """gelu rounds erfc's argument z = x·√½, which changes erfc by z²·2 units, and two products."""
+    """gelu rounds erfc's argument z = x·√½ by up to a unit, which changes erfc by up to 2z² = x² of its relative error."""
     f, stock, truth, (low, high) = FUNCTIONS[name]
     wide = 1 if dtype is torch.float32 else 6
     x = torch.cat(
@@ -98,7 +98,7 @@ def test_error(name: str, dtype: torch.dtype) -> None:
     )
     x = x[x > 0] if name == "log" else x[x <= 0] if name == "expm1" else x
     mine, theirs = errors(f(x), x, truth), errors(stock(x), x, truth)
-    bound = 2.5 + x.double().square() if name == "erfc" else torch.tensor(1.5).double()
+    bound = 4 + 2 * x.double().square() if name == "erfc" else torch.tensor(1.5).double()
     worse = mine > torch.maximum(theirs.double(), bound)
     assert not worse.any(), (x[worse][:5], mine[worse][:5], theirs[worse][:5])
 

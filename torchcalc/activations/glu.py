@@ -90,11 +90,10 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
         raise RuntimeError("glu does not support scalars because halving size must be even")
     if not input.is_floating_point():
         return F.glu(input, dim)  # refuses
-    size = input.size(dim)
-    if size % 2:
+    if (size := input.size(dim)) % 2:
         at = dim % input.dim()
         raise RuntimeError(f"Halving dimension must be even, but dimension {at} is size {size}")
-    return _glu(input.narrow(dim, 0, size // 2), input.narrow(dim, size // 2, size // 2))
+    return _glu(*input.chunk(2, dim))  # whose backward writes each half once
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
