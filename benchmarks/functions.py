@@ -18,7 +18,7 @@ F = torch.nn.functional
 Call = Callable[..., Tensor]
 
 #: Names whose stock twin is not in torch.nn.functional.
-ELSEWHERE = {"square": torch.square, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+ELSEWHERE: dict[str, Call] = {"square": torch.square, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 ELSEWHERE |= {"exp": torch.exp, "log": torch.log, "abs": torch.abs}
 ELSEWHERE |= {"swiglu": lambda a, b: F.silu(a) * b, "geglu": lambda a, b: F.gelu(a) * b}
 
@@ -84,7 +84,7 @@ def row(
             for a, b in zip(*(call() for call in calls), strict=True):
                 torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
 
-        return *calls, same
+        return calls[0], calls[1], same
 
     return Row(name, make=make, group="functions", seconds=1.0, **about)
 
