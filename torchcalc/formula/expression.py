@@ -3,8 +3,8 @@
 A formula is a few lines of Python in Tensor's own methods (``x * x.sigmoid()``) and the functions of this file, which serve
 where Tensor has an operator's name only for tensors: :func:`where`, :func:`maximum`, :func:`minimum`. Called with tensors
 it computes. Called with :class:`Expression` it is recorded: every method makes a node, and the node that comes back is the
-root of a graph, from which other files make C++ (:mod:`torchcalc.formula.cpp`), Triton (:mod:`torchcalc.formula.triton`)
-and symbols to prove derivatives with (:mod:`torchcalc.formula.symbols`).
+root of a graph, from which other files make C++ (:mod:`torchcalc.formula.cpp`) and Triton (:mod:`torchcalc.formula.triton`),
+and of which a test proves that each slope is the derivative of the value.
 
 Nodes are interned: what is the same expression is the same object, so a common subexpression is computed once.
 

@@ -103,25 +103,31 @@ def slope_x(x: Tensor, q: Distribution, r: Tensor) -> Tensor:
     dim = class_dim(x)
     p = torch.softmax(widen(x), dim)  # (2)
     smooth = q.smooth.sum(dim, keepdim=True) if isinstance(q.smooth, Tensor) else q.smooth * x.shape[dim]
-    grad = p * (r * (q.hard + smooth))
+    factor = r * (q.hard + smooth)
+    if not torch.is_grad_enabled() and is_plain(p):  # in place: p is ours, and as large as the logits
+        grad = p.mul_(factor)
+        if isinstance(q.smooth, Tensor) or q.smooth:
+            grad.sub_(r * q.smooth)
+        if q.classes is not None:
+            grad.scatter_add_(dim, q.classes, -r * q.hard)  # (3)
+            if not (x.is_cpu and q.counts.all()):
+                grad.masked_fill_(q.counts == 0, 0)  # also where an ignored sample's logits are infinite or NaN
+        return grad
+    grad = p * factor
     if isinstance(q.smooth, Tensor) or q.smooth:
         grad = grad - r * q.smooth
     if q.classes is None:
         return grad
-    if is_known(q.counts):
-        grad = grad.scatter_add_(dim, q.classes, -r * q.hard)  # (3)
-        return grad if q.counts.all() else torch.where(q.counts != 0, grad, 0)
-    # Where operations are fused, a comparison is part of the loop, and a scatter ends it.
+    # A comparison is part of a loop that a compiler fuses, and a scatter ends it.
     here = (
         torch.arange(x.shape[dim], device=x.device).view([-1 if i == dim else 1 for i in range(x.dim())]) == q.classes
     )
-    grad = grad - torch.where(here, r * q.hard, 0)  # (3)
-    return torch.where(q.counts != 0, grad, 0)  # 0 also where an ignored sample's logits are infinite or NaN
+    return torch.where(q.counts != 0, grad - torch.where(here, r * q.hard, 0), 0)  # (3)
 
 
-def is_known(x: Tensor) -> bool:
-    """Whether x's numbers can be looked at for nothing: not while it is traced or transformed, nor on a GPU."""
-    return x.is_cpu and type(x) is Tensor and not _are_functorch_transforms_active() and not _len_torch_dispatch_stack()
+def is_plain(x: Tensor) -> bool:
+    """Whether nothing traces or transforms x."""
+    return type(x) is Tensor and not _are_functorch_transforms_active() and not _len_torch_dispatch_stack()
 
 
 def careful(x: Tensor, q: Distribution) -> Tensor:
@@ -172,7 +178,7 @@ class CrossEntropyFunction(Function):
         loss = F.cross_entropy(
             widen(x), t, widen(w), ignore_index=ignore_index, reduction=summed, label_smoothing=smoothing
         )
-        if (probabilities or smoothing) and (not is_known(loss) or loss.isnan().any()):
+        if (probabilities or smoothing) and (not (loss.is_cpu and is_plain(loss)) or loss.isnan().any()):
             loss = careful(x, distribution(x, target, w, ignore_index, smoothing))
             loss = loss.sum() if summed == "sum" else loss
         if reduction == "mean":
