@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ class Row:
     ours_only: tuple[int, ...] = ()  # inputs whose derivative torch refuses
     edges: tuple[Callable[[], Inputs], ...] = ()  # further shapes: empty, 0-d, more dimensions, broadcast
     special: Callable[[], Inputs] | None = None  # NaN, infinities, kinks, huge numbers
+    reference: Callable[..., Tensor] | None = None  # what is right where stock is not, for the report
     autocast: bool = True  # False: differs from torch there, and says so; its own test covers it
     half: bool = True  # False: the row has its own dtype
     reported: bool = True  # False: the twin is another function at some special values; its own test has the report
@@ -231,6 +233,7 @@ def pair(name: str, variant: str = "", special: bool = True, edges: bool = True,
         if edges
         else (),
         special=(lambda: (line(), line().roll(7).nan_to_num(0, 1, 1))) if special else None,
+        reference=partial(certain, **options) if name == "binary_cross_entropy_with_logits" else None,
         inductor=variant == " mean",
     )
 
@@ -346,6 +349,16 @@ def gaussian(variant: str, var: Callable[[], Tensor] = lambda: uniform(3, 4, see
     )
 
 
+def certain(x: Tensor, t: Tensor, weight: Any = None, pos_weight: Any = None, reduction: str = "mean") -> Tensor:
+    """binary_cross_entropy_with_logits where 0·∞ = 0; torch's is NaN at infinite logits."""
+    p = 1.0 if pos_weight is None else pos_weight
+    log_sigmoid = torch.nn.functional.logsigmoid
+    yes, no = p * t, 1 - t
+    losses = torch.where(yes == 0, 0.0, -yes * log_sigmoid(x)) + torch.where(no == 0, 0.0, -no * log_sigmoid(-x))
+    losses = losses if weight is None else losses * weight
+    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+
+
 def bce(reduction: str, weight: Callable[[], Tensor | None], pos_weight: Callable[[], Tensor | None]) -> Row:
     def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, t, w, p: f(x, t, weight=w, pos_weight=p, reduction=reduction)
@@ -359,6 +372,7 @@ def bce(reduction: str, weight: Callable[[], Tensor | None], pos_weight: Callabl
         inputs=lambda: (normal(3, 4), uniform(3, 4, seed=1), weight(), pos_weight()),
         grads=(0, 1),
         ours_only=given,
+        reference=call(certain),
     )
 
 

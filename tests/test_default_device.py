@@ -19,6 +19,7 @@ from torchcalc.testing import assert_function, assert_optimizer
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_functions(row: Row) -> None:
     def derivatives() -> list[Any]:

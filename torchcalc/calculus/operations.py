@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
+from torchcalc.native import pointwise
+
 __all__ = ["checkpointed", "foreign", "leaves", "nodes", "once", "saved"]
 
 ONCE = once_differentiable(lambda ctx: None).__code__  # that of all backwards which it has wrapped
@@ -40,7 +42,8 @@ def foreign(output: Tensor) -> bool:
     return any(
         not type(node)._forward_cls.__module__.startswith("torchcalc.")  # type: ignore[attr-defined]
         if isinstance(node, BackwardCFunction)  # written in Python
-        else type(node).__name__ == "CppFunction"  # written in C++, outside torch
+        else type(node).__name__ == "CppFunction"
+        and pointwise.saved(node) is None  # in C++, outside torch and torchcalc
         for node in nodes(output)
     )
 
@@ -78,6 +81,7 @@ def checkpointed(output: Tensor) -> bool:
 
 def saved(node: Any) -> Iterator[Any]:
     """What a node keeps for backward, as torch's SavedTensor."""
+    yield from pointwise.saved(node) or ()
     for name in _slots(node.__class__):
         value = getattr(node, name)
         for tensor in value if isinstance(value, (tuple, list)) else (value,):

@@ -17,7 +17,7 @@ from torchcalc import native
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["elementwise", "enter_launch", "index", "reduced"]
+__all__ = ["elementwise", "enter_launch", "index", "reduced", "saved"]
 
 _indices: dict[str, int] = {}
 _connected: bool | None = None
@@ -34,6 +34,14 @@ def index(formula: Formula) -> int:
     found = _indices.get(formula.name)
     if found is None:
         found = _indices[formula.name] = _nodes.find(formula.name, formula.hash) if _connect() else -1
+    return found
+
+
+def saved(node: Any) -> list[Any] | None:
+    """What one of these nodes keeps for backward, as torch's SavedTensor; None of any other node."""
+    if type(node).__name__ != "CppFunction" or not _connected:
+        return None
+    found: list[Any] | None = _nodes.saved(node)
     return found
 
 

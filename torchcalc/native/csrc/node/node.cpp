@@ -17,6 +17,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -387,12 +388,12 @@ struct Backward : public Node {
     }
     c10::List<bool> needed;
     for (int i = 0; i < n; ++i) needed.push_back(task_should_compute_output(static_cast<size_t>(i)));
-    static const auto operation =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("torchcalc_nodes::differentiable_backward", "")
-            .typed<std::vector<Tensor>(
-                c10::string_view, const Tensor&, const c10::List<std::optional<Tensor>>&, at::ArrayRef<double>, c10::List<bool>)>();
-    std::vector<Tensor> found = operation.call(formula->name, g, known, numbers, needed);
+    static const c10::OperatorHandle operation =
+        c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::differentiable_backward", "");
+    torch::jit::Stack stack{
+        std::string(formula->name), g, std::move(known), c10::List<double>(at::ArrayRef<double>(numbers)), needed};
+    operation.callBoxed(&stack);
+    const std::vector<Tensor> found = stack.at(0).toTensorVector();
     variable_list grads(static_cast<size_t>(n));
     size_t next = 0;
     for (int i = 0; i < n; ++i) {
@@ -603,6 +604,22 @@ PyObject* py_reduced(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// saved(grad_fn) -> what it keeps for backward, as torch's SavedTensor; None if it is not one of these nodes.
+PyObject* py_saved(PyObject*, PyObject* object) {
+  HANDLE_TH_ERRORS
+  auto* node = dynamic_cast<Backward*>(reinterpret_cast<torch::autograd::THPCppFunction*>(object)->cdata.get());
+  if (!node) Py_RETURN_NONE;
+  pybind11::list all;
+  const auto add = [&](SavedVariable& x) { all.append(pybind11::cast(x, pybind11::return_value_policy::reference)); };
+  for (int i = 0; i < node->formula->inputs; ++i) {
+    if (node->has[i]) add(node->saved[i]);
+  }
+  if (node->has_y) add(node->saved_y);
+  if (node->has_weight) add(node->saved_weight);
+  return all.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
 // find(name, hash) -> place, or -1
 PyObject* py_find(PyObject*, PyObject* args) {
   const char *name, *hash;
@@ -653,6 +670,7 @@ PyObject* py_connect(PyObject*, PyObject* address) {
 PyMethodDef methods[] = {
     {"elementwise", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_elementwise)), METH_FASTCALL, nullptr},
     {"reduced", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_reduced)), METH_FASTCALL, nullptr},
+    {"saved", py_saved, METH_O, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},
     {"connect", py_connect, METH_O, nullptr},
     {"enter_launch", py_enter_launch, METH_VARARGS, nullptr},
