@@ -276,7 +276,7 @@ class RecipeCLI(LightningCLI):
 def say(rows: list[tuple[str, str]]) -> None:
     """Print a table of two columns below an empty line."""
     width = max((len(what) for what, _ in rows), default=0)
-    print("\n" + "\n".join(f"{what:<{width}} {value}" for what, value in rows))
+    print("\n" + "\n".join(f"{what:<{width}}  {value}" for what, value in rows))
 
 
 def short(path: str | Path) -> str:

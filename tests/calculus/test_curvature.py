@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import torchcalc
-from tests.calculus.operations import WITHOUT, DetachedSoftmaxLoss, OnceSoftmaxLoss, Square
-from torchcalc.calculus import Curvature, curvature, curvature_along, training_loss
+from tests.calculus.operations import WITHOUT, DetachedSoftmaxLoss, OnceSoftmaxLoss, OnceSquare, Square
+from torchcalc.calculus import Curvature, curvature, curvature_along, hvp, training_loss
 
 
 def quadratic(eigenvalues: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -291,6 +291,23 @@ def test_bfloat16_is_believed_and_says_so() -> None:
         assert found.value == pytest.approx(expected, rel=0.01) and found.method == "exact"
         assert "unchecked: torch.bfloat16 is too coarse" in found.reason and "exact: unchecked" in str(found)
         assert found.residual >= torch.finfo(torch.bfloat16).eps * found.value  # what its rounding hides
+
+
+@pytest.mark.parametrize("x", [1e30, 1e38, math.inf, math.nan])
+@pytest.mark.parametrize("own", [Square, OnceSquare])
+def test_what_overflows_contradicts_nothing(own: type[torch.autograd.Function], x: float) -> None:
+    """As where a training diverged: differences are not finite there, whatever the second derivative is."""
+    f = lambda x: (own.apply(x) ** 2).sum()  # noqa: E731
+    at = torch.tensor([x, 2 * x])
+    if own is OnceSquare:  # what is marked is known without them
+        with pytest.warns(UserWarning, match="is marked with once_differentiable"):
+            assert math.isnan(curvature(f, at).value)
+        return
+    found = curvature(f, at)
+    assert math.isnan(found.value) and found.method == "exact"
+    assert found.reason == "unchecked: differences of gradients overflow"
+    with pytest.raises(RuntimeError, match="unchecked: differences of gradients overflow; pass x nearer to 0"):
+        hvp(f, torch.ones(2))(at)
 
 
 def test_hand_written_loss_on_a_relu_network() -> None:

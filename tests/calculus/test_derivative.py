@@ -184,6 +184,12 @@ def test_nested_in_ways_that_hide_it(nested: str, name: str) -> None:
     )
 
 
+def test_own_functions_are_known_inside_vmap() -> None:
+    """At a kink differences grow without end: they would contradict, as they do functions of others."""
+    loss = torchcalc.nn.L1Loss()
+    assert derivative(derivative(lambda d: loss(d, torch.zeros_like(d))))(torch.tensor(0.0).double()) == 0
+
+
 @pytest.mark.parametrize("name", SILENT)
 def test_first_derivatives_where_the_second_is_missing(name: str) -> None:
     square, x = SILENT[name].apply, torch.tensor([1.0, 2.0])

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def report_rows(out: str) -> dict[str, str]:
+    """Return the table of two columns that a run's output ends with."""
+    *_, table = f"\n{out.rstrip()}".rpartition("\n\n")
+    return dict(re.split(" {2,}", line, maxsplit=1) for line in table.splitlines())
+
+
 def run_recipe(folder: Path, *args: str) -> SimpleNamespace:
     """Run ``python -m recipes`` in ``folder`` as a user does; return what it printed, its lines and its report."""
     done = subprocess.run(
@@ -45,12 +52,11 @@ def run_recipe(folder: Path, *args: str) -> SimpleNamespace:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    *_, report = f"\n{done.stdout.rstrip()}".rpartition("\n\n")
     return SimpleNamespace(
         folder=folder,
         stdout=done.stdout,
         stderr=done.stderr,
-        report={line[:16].strip(): line[16:].strip() for line in report.splitlines()},
+        report=report_rows(done.stdout),
     )
 
 

@@ -76,12 +76,12 @@ def test_what_the_optimizer_refuses_takes_one_line_as_well(folder, capsys):
     assert {file: after[file] for file in before} == before
 
 
-def test_best_and_last_of_the_newest_run(folder, capsys):
+def test_best_and_last_of_the_newest_run(folder, capsys, caplog):
     main(["digits", "test", "--ckpt_path=best", QUIET])
     out, err = capsys.readouterr()
     assert "accuracy/test" in out
     assert "not trained" not in err
-    assert "runs/digits/version_0/checkpoints/best.ckpt" in err
+    assert "runs/digits/version_0/checkpoints/best.ckpt" in caplog.text
     main(["digits", "--ckpt_path=last", QUIET])
     assert (
         "warning: no step was made: the checkpoint has all 51; --trainer.max_epochs allows more"

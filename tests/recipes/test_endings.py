@@ -10,7 +10,7 @@ import pytest
 from recipes.__main__ import main
 from recipes.cli import RecipeCLI
 from recipes.digits import Classifier
-from tests.recipes.conftest import BRIEF, curves
+from tests.recipes.conftest import BRIEF, curves, report_rows
 
 QUIET = "--trainer.enable_progress_bar=false"
 
@@ -21,10 +21,6 @@ def sigint() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def rows(out: str) -> dict[str, str]:
-    return {line[:16].strip(): line[17:] for line in out.rpartition("\n\n")[2].splitlines()}
 
 
 @pytest.mark.usefixtures("sigint")
@@ -44,7 +40,7 @@ def test_interrupted(epoch, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Classifier, "training_step", step)
     assert end.value.code == 130
     out = capsys.readouterr().out
-    report = rows(out)
+    report = report_rows(out)
     assert report["interrupted"] == f"in epoch {epoch}"
     assert report["run"] == "runs/digits/version_0"
     if epoch == 0:
@@ -86,7 +82,7 @@ def test_diverged(name, tmp_path, monkeypatch, capsys):
     error = err.splitlines()[-1]
     assert error.startswith("error: after ") and ("is nan" in error or "is inf" in error)
     assert error.endswith("the training diverged; try a smaller learning rate")
-    assert "best checkpoint" not in rows(out)
-    assert rows(out)["run"] == f"runs/{name}/version_0"
+    assert "best checkpoint" not in report_rows(out)
+    assert report_rows(out)["run"] == f"runs/{name}/version_0"
     if "loss/val is nan" in error:  # no step leads back: the other epochs are spared
         assert error.startswith("error: after 4 steps")

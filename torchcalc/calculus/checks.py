@@ -206,7 +206,8 @@ def exact(product: HessianProduct, v: Tensor, *, mend: bool = False) -> Tensor:
     if product.reason and product.method == "exact":
         if not product.foreign:
             return w
-        raise RuntimeError(f"f: its second derivative is {product.reason}; pass float32 or float64")
+        remedy = "x nearer to 0, or scale f down" if "overflow" in product.reason else "float32 or float64"
+        raise RuntimeError(f"f: its second derivative is {product.reason}; pass {remedy}")
     if product.reason:
         raise RuntimeError(f"f: {product.reason}{ADVICE}")
     return w

@@ -43,8 +43,9 @@ Operations of others may be constants to a part of H and leave it symmetric. The
 ‖p − qᵢ‖ ≤ 3dᵢ + 10⁻⁴·‖qᵢ‖ where dᵢ is least. Where kinks leave the least dᵢ above 3 % of the quotient, p is believed if it
 agrees to a tenth with one of the shorter steps, which meet few kinks or none. Smaller errors go unnoticed.
 
-In bfloat16 and float16 there are no quotients: p is believed, and ``reason`` says so. Where float16 overflows on the way,
-x is taken in float32; if f refuses that, it is multiplied by a power of two, which is exact, and the product divided by it.
+In bfloat16 and float16 there are no quotients, nor where they overflow, as beside the weights of a training that diverged:
+p is believed, and ``reason`` says so. Where float16 overflows on the way, x is taken in float32; if f refuses that, it is
+multiplied by a power of two, which is exact, and the product divided by it.
 
 Reference: Pearlmutter 1994, "Fast exact multiplication by the Hessian", doi:10.1162/neco.1994.6.1.147; Nocedal, Wright
 2006, "Numerical optimization", section 8.1.
@@ -141,6 +142,9 @@ class HessianProduct:
                     return product
                 if self.foreign:
                     scan = self._scan(v)
+                    if not _comparable(scan):
+                        self._decided, self.reason = True, "unchecked: differences of gradients overflow"
+                        return product
                     self.reason = self._contradiction(product, scan)
                 else:
                     self.reason = self._mistake(product, v, connected)
@@ -295,6 +299,12 @@ class HessianProduct:
         xs = self._at.values()
         pieces = vector.split([x.numel() for x in xs])
         return [p.reshape(x.shape).to(x.device, x.dtype) for p, x in zip(pieces, xs, strict=True)]
+
+
+def _comparable(scan: list[_Quotient]) -> bool:
+    """Whether two successive judges are finite: where a training has diverged, none may be."""
+    judges = [math.isfinite(_norm(q.value)) for q in scan if q.step in JUDGES]
+    return any(a and b for a, b in pairwise(judges))
 
 
 def _norm(x: Tensor) -> float:

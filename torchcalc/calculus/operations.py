@@ -40,7 +40,7 @@ def leaves(output: Tensor) -> Iterator[Tensor]:
 def foreign(output: Tensor) -> bool:
     """Whether there are operations whose second derivative neither torch nor torchcalc answers for."""
     return any(
-        not type(node)._forward_cls.__module__.startswith("torchcalc.")  # type: ignore[attr-defined]
+        not _written(type(node)._forward_cls).__module__.startswith("torchcalc.")  # type: ignore[attr-defined]
         if isinstance(node, BackwardCFunction)  # written in Python
         else type(node).__name__ == "CppFunction"
         and pointwise.saved(node) is None  # in C++, outside torch and torchcalc
