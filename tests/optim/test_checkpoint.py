@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -229,7 +230,7 @@ def test_checkpoints_of_old_with_numbers_for_tensors(case: Case) -> None:
     for state in old["state"].values():
         for key in state.keys() & set(NUMBERS):
             state[key] = state[key].item()
-    for key in ("maximize", "foreach", "differentiable", "fused", "capturable"):
+    for key in ("maximize", "foreach", "differentiable", "fused", "capturable", "decoupled_weight_decay"):
         old["param_groups"][0].pop(key, None)
     new = copies(params)
     optimizer = build(case.cls, new, case.configs[0], **LOOP)
@@ -287,13 +288,18 @@ def group_keys(case: Case) -> list[str]:
     ("case", "key"), [pytest.param(c, key, id=f"{c.name}-{key}") for c in TWINS for key in group_keys(c)]
 )
 def test_a_missing_hyperparameter_is_what_torch_makes_of_it_or_refused(case: Case, key: str) -> None:
-    """torch's __setstate__ knows what the files of its old versions lack. What is not there either was never left out."""
+    """torch's __setstate__ knows what the files of its old versions lack. What is not there either was never left out.
+
+    A file that lacks a key for its age lacks all that were added later.
+    """
     assert case.twin is not None
     params = parameters()
     source = build(case.twin, params, case.configs[0])
     run(source, gradients(params, 2))
     state_dict = source.state_dict()
-    del state_dict["param_groups"][0][key]
+    later = list(case.cls.added_later)
+    for lacking in (key, *(later[later.index(key) + 1 :] if key in later else ())):
+        state_dict["param_groups"][0].pop(lacking, None)
     stock = build(case.twin, copies(params), case.configs[0])
     stock.load_state_dict(state_dict)
     mine = build(case.cls, copies(params), case.configs[-1])
@@ -310,6 +316,25 @@ def test_a_missing_hyperparameter_is_what_torch_makes_of_it_or_refused(case: Cas
         mine.load_state_dict(state_dict, strict=False)
     same(mine.param_groups[0][key], before["optimizer"]["param_groups"][0][key])
     same(mine.state_dict()["state"], state_dict["state"])
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "younger"),
+    [
+        pytest.param(c, key, younger, id=f"{c.name}-{key}-{younger}")
+        for c in TWINS
+        for key, younger in itertools.combinations(c.cls.added_later, 2)
+        if key != "foreach"
+    ],
+)
+def test_a_key_is_not_missing_for_age_beside_a_younger_one(case: Case, key: str, younger: str) -> None:
+    """Such a file is of another optimizer: RAdam's has ``maximize``, as Adam's have had after ``amsgrad``, and no amsgrad."""
+    params = parameters()
+    state_dict = build(case.cls, params, case.configs[0]).state_dict()
+    for lacking in case.cls.added_later.keys() - {younger}:
+        state_dict["param_groups"][0].pop(lacking, None)
+    with pytest.raises(ValueError, match=f"lacks what {case.name} needs: .*{key}"):
+        build(case.cls, copies(params), case.configs[0]).load_state_dict(state_dict)
 
 
 FOREIGN: list[Any] = [

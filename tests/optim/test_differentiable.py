@@ -118,6 +118,26 @@ def test_gradcheck_by_the_state_that_was_loaded(case: Case) -> None:
     assert gradcheck(f, [state[name].detach().double().requires_grad_() for name in names])
 
 
+@pytest.mark.parametrize("b2", [0.5, 0.9, 0.999])
+@pytest.mark.parametrize("t", [0.0, 3.0, 9.0])
+def test_radams_derivative_by_the_step_count_is_finite(t: float, b2: float) -> None:
+    """On both sides of ρₜ = 5, and where ρ∞ is below 4: what is not chosen adds 0 to the derivative, and no 0·∞."""
+
+    def f(t: Tensor) -> Tensor:
+        p = leaf(*START).detach()
+        optimizer = ours.RAdam([p], lr=0.1, betas=(0.7, b2), differentiable=True)
+        saved = optimizer.state_dict()
+        slots = {"exp_avg": torch.full_like(p, 0.1), "exp_avg_sq": torch.full_like(p, 0.2)}
+        saved["state"] = {0: {"step": t, **slots}}
+        optimizer.load_state_dict(saved)
+        for g in GRADS[:2]:
+            p.grad = leaf(*g).detach()
+            optimizer.step()
+        return p
+
+    assert gradcheck(f, [leaf(t)])
+
+
 def test_learning_rate_by_its_own_derivative() -> None:
     """d/dlr of the loss after two steps on x²: x → x(1 − 2lr)², so the derivative is 2·x(1−2lr)²·2x(1−2lr)(−2)."""
     lr = leaf(0.1)

@@ -523,16 +523,25 @@ class TestPlan:
         assert [plan.rest for plan in mine._plans.values()] == [[]]
 
     def test_a_dtype_without_kernel_does_not_keep_the_others_from_it(self) -> None:
+        a = [nn.Parameter(torch.randn(5, dtype=torch.complex64)), nn.Parameter(torch.randn(4))]
+        b = [nn.Parameter(p.detach().clone()) for p in a]
+        mine, stock = ours.AdamW(a), torch.optim.AdamW(b, foreach=False)
+        for _ in range(2):
+            self.step(mine, stock, a, b)
+        assert [plan.rest for plan in mine._plans.values()] == [[0]]
+
+    def test_state_follows_a_parameter_that_becomes_wider_and_the_kernel_goes_on(self) -> None:
         a = [nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(4))]
         mine = ours.AdamW(a)
         for p in a:
             p.grad = torch.ones_like(p)
         mine.step()
-        a[0].data, a[0].grad = a[0].data.double(), None  # its state stays float32
+        a[0].data, a[0].grad = a[0].data.double(), None
         a[0].grad = torch.ones(5, dtype=torch.float64)
         for _ in range(2):
             mine.step()
-        assert [plan.rest for plan in mine._plans.values()] == [[0]]
+        assert mine.state[a[0]]["exp_avg"].dtype == torch.float64
+        assert [plan.rest for plan in mine._plans.values()] == [[]]
 
     def test_a_first_step_by_kernel_and_rule_together(self) -> None:
         """SGD's first momentum is the gradient itself, also for the tensors that the kernel leaves to the rule."""

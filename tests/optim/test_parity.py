@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
+from tests.native.reference import exact_sqrt
 from tests.optim.cases import (
     CASES,
     DEVICES,
@@ -129,9 +130,17 @@ def test_loop_equals_torch_under_schedulers(case: Case, scheduler: str, tensor_l
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_path(TWINS)
 def test_every_path_is_within_one_ulp_a_step(
-    case: Case, config: dict[str, Any], dtype: torch.dtype, options: dict[str, Any], device: str
+    case: Case,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One step from one state: along our path, along torch's loop, and along torch's loop in float64, the truth.
+
+    The truth has correctly rounded roots. Those of torch in float64 are off by an ulp on some processors, and Adadelta
+    squares what it makes of two of them.
 
     Paths round in another order. Ours errs by at most one ulp of the weight (of the state) more than torch's loop does.
     """
@@ -154,7 +163,11 @@ def test_every_path_is_within_one_ulp_a_step(
         return copies, [optimizer.state[p] for p in copies]
 
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    truth, truth_state = stepped(case.twin, plain(config), wide, **LOOP)
+    with monkeypatch.context() as patch:
+        if device == "cpu":
+            patch.setattr(Tensor, "sqrt", exact_sqrt)
+            patch.setattr(Tensor, "sqrt_", lambda x: x.copy_(exact_sqrt(x)))
+        truth, truth_state = stepped(case.twin, plain(config), wide, **LOOP)
     theirs, their_state = stepped(case.twin, config, dtype, **LOOP)
     mine, my_state = stepped(case.cls, config, dtype, **options)
     for i, p in enumerate(params):

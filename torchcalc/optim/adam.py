@@ -92,7 +92,12 @@ class Adam(Optimizer):
 
     rule = staticmethod(adam)
     variants: ClassVar = {"weight_decay": (0, 0.1), "amsgrad": (False, True)}
-    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "amsgrad": False, "decoupled_weight_decay": False}
+    added_later: ClassVar[dict[str, Any]] = {
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "decoupled_weight_decay": False,
+    }
     sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
     @takes_defaults()

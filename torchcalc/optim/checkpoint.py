@@ -166,7 +166,9 @@ def _names(group: Group) -> list[str]:
 def _loaded_group(optimizer: Optimizer, i: int, group: Group, saved: Group, faults: list[str]) -> Group:
     """The group with the saved hyperparameters."""
     lacks = optimizer.defaults.keys() - saved.keys() - set(HOW)
-    old = {key: optimizer.added_later[key] for key in lacks & optimizer.added_later.keys()}
+    later = list(optimizer.added_later)
+    youngest = max((k for k, key in enumerate(later) if key in saved), default=-1)
+    old = {key: optimizer.added_later[key] for key in later[youngest + 1 :] if key in lacks}
     kept = {key: group[key] for key in sorted(lacks - old.keys())}
     foreign = _hyperparameters_of_others(tuple(cls.__name__ for cls in type(optimizer).__mro__))
     others = sorted((saved.keys() & foreign) - optimizer.defaults.keys() - group.keys())

@@ -81,7 +81,7 @@ class NAdam(Optimizer):
     variants: ClassVar = {"weight_decay": (0, 0.1), "decoupled_weight_decay": (False, True)}
     numbers = ("momentum_decay",)
     scalars: ClassVar[dict[str, float]] = {"step": 0.0, "mu_product": 1.0}
-    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "decoupled_weight_decay": False}
+    added_later: ClassVar[dict[str, Any]] = {"foreach": None, "decoupled_weight_decay": False, "maximize": False}
     sparse_error = "NAdam does not support sparse gradients"
     on_device = "params, mu_products and state_steps"
 

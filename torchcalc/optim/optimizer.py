@@ -93,7 +93,8 @@ class Optimizer(torch.optim.Optimizer):
     counts_steps: ClassVar[bool] = True
     #: State that is one number for each parameter, and what it starts from; there is none unless steps are counted.
     scalars: ClassVar[dict[str, float]] = {"step": 0.0}
-    #: Hyperparameters that checkpoints of old torch lack, and what they meant: torch's ``__setstate__`` has them too.
+    #: Hyperparameters that checkpoints of old torch lack, and what they meant, in the order in which torch got them. A
+    #: checkpoint that has one of them is too young to lack an earlier one: it is another optimizer's.
     added_later: ClassVar[dict[str, Any]] = {"maximize": False}
     #: Numbers of a group that advance or new_slot reads, besides those of hyper.
     numbers: ClassVar[tuple[str, ...]] = ()

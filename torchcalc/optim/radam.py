@@ -65,9 +65,10 @@ def radam(
     rest = 1 - b2**t
     rho_inf = 2 / (1 - b2) - 1  # (3)
     rho = rho_inf - 2 * t * (b2**t) / rest  # (3)
-    # Nothing in (6) is out of range once it is used: ρₜ > 5, and ρ∞ > ρₜ.
-    least = at_least(rho_inf - 4, 1.0) * at_least(rho_inf - 2, 1.0)
-    r = (at_least(rho - 4, 0.0) * at_least(rho - 2, 0.0) * rho_inf / (least * rho)) ** 0.5  # (6)
+    # (6) is used where ρ∞ > ρₜ > 5, and the bounds change nothing there. Elsewhere they keep it from 0, where the slope of
+    # the root is infinite, and autograd would multiply that by the 0 of what is not chosen.
+    least = at_least(rho_inf - 4, 1.0) * at_least(rho_inf - 2, 3.0)
+    r = (at_least(rho - 4, 1.0) * at_least(rho - 2, 3.0) * rho_inf / (least * rho)) ** 0.5  # (6)
     step = m.div(1 - b1**t).mul_(lr)
     adapted = step.mul(v.sqrt().add_(eps).reciprocal_().mul_(rest**0.5)).mul_(r)
     p.add_(choose(rho > 5.0, adapted, step), alpha=-1)  # (4), (5)
@@ -94,7 +95,7 @@ class RAdam(Optimizer):
 
     rule = staticmethod(radam)
     variants: ClassVar = {"weight_decay": (0, 0.1), "decoupled_weight_decay": (False, True)}
-    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "decoupled_weight_decay": False}
+    added_later: ClassVar[dict[str, Any]] = {"foreach": None, "decoupled_weight_decay": False, "maximize": False}
     sparse_error = "RAdam does not support sparse gradients"
 
     @takes_defaults()

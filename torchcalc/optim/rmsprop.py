@@ -93,7 +93,7 @@ class RMSprop(Optimizer):
 
     rule = staticmethod(rmsprop)
     variants: ClassVar = {"weight_decay": (0, 0.1), "momentum": (0, 0.9), "centered": (False, True)}
-    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "momentum": 0, "centered": False}
+    added_later: ClassVar[dict[str, Any]] = {"momentum": 0, "centered": False, "foreach": None, "maximize": False}
     sparse_error = "RMSprop does not support sparse gradients"
 
     @takes_defaults()

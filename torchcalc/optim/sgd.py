@@ -81,7 +81,7 @@ class SGD(Optimizer):
     variants: ClassVar = {"weight_decay": (0, 0.1), "momentum": (0, 0.9), "nesterov": (False, True)}
     sparse_rule = staticmethod(sgd)
     counts_steps: ClassVar[bool] = False
-    added_later: ClassVar[dict[str, Any]] = {"maximize": False, "nesterov": False}
+    added_later: ClassVar[dict[str, Any]] = {"nesterov": False, "maximize": False, "foreach": None}
 
     @takes_defaults()
     def __init__(
