@@ -103,9 +103,8 @@ def slope_x(x: Tensor, q: Distribution, r: Tensor) -> Tensor:
     dim = class_dim(x)
     p = torch.softmax(widen(x), dim)  # (2)
     smooth = q.smooth.sum(dim, keepdim=True) if isinstance(q.smooth, Tensor) else q.smooth * x.shape[dim]
-    factor = r * (q.hard + smooth)
-    if not torch.is_grad_enabled() and is_plain(p):  # in place: p is ours, and as large as the logits
-        grad = p.mul_(factor)
+    grad = p * (r * (q.hard + smooth))
+    if not torch.is_grad_enabled() and is_plain(p):  # in place: it is as large as the logits
         if isinstance(q.smooth, Tensor) or q.smooth:
             grad.sub_(r * q.smooth)
         if q.classes is not None:
@@ -113,7 +112,6 @@ def slope_x(x: Tensor, q: Distribution, r: Tensor) -> Tensor:
             if not (x.is_cpu and q.counts.all()):
                 grad.masked_fill_(q.counts == 0, 0)  # also where an ignored sample's logits are infinite or NaN
         return grad
-    grad = p * factor
     if isinstance(q.smooth, Tensor) or q.smooth:
         grad = grad - r * q.smooth
     if q.classes is None:
