@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -86,10 +87,17 @@ class Gpu {
     for (int i = 0; i < 2; ++i) arguments[count++] = &nothing;
     const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
     const c10::Stream stream = guard.getStream(guard.getDevice());
-    const int status = launch_kernel_(
-        launch.function, static_cast<unsigned>(programs), 1, 1, launch.threads, 1, 1, launch.shared,
-        stream.native_handle(), arguments, nullptr);
-    TORCH_CHECK(status == 0, "torchcalc: the launch of a kernel failed with the CUDA driver's error ", status);
+    const auto attempt = [&] {
+      return launch_kernel_(
+          launch.function, static_cast<unsigned>(programs), 1, 1, launch.threads, 1, 1, launch.shared,
+          stream.native_handle(), arguments, nullptr);
+    };
+    int status = attempt();
+    // A thread of autograd's has no context before its first call of the CUDA runtime; and one whose memory comes from
+    // torch's cache may have made none yet.
+    if (status == no_context && make_context_current(guard.getDevice().index())) status = attempt();
+    TORCH_CHECK(
+        status == 0, "torchcalc: the launch of a kernel failed with the CUDA driver's error " + std::to_string(status));
   }
 
   // Whether the driver is there.
@@ -99,9 +107,21 @@ class Gpu {
   Gpu() {
     if (void* driver = dlopen("libcuda.so.1", RTLD_NOW)) {
       launch_kernel_ = reinterpret_cast<decltype(launch_kernel_)>(dlsym(driver, "cuLaunchKernel"));
+      retain_context_ = reinterpret_cast<decltype(retain_context_)>(dlsym(driver, "cuDevicePrimaryCtxRetain"));
+      set_context_ = reinterpret_cast<decltype(set_context_)>(dlsym(driver, "cuCtxSetCurrent"));
     }
   }
 
+  static constexpr int no_context = 201;  // CUDA_ERROR_INVALID_CONTEXT
+
+  // The device's primary context, the one that torch uses, for the calling thread. It is retained for good, once a thread.
+  bool make_context_current(int device) const {
+    void* context = nullptr;
+    return retain_context_ && set_context_ && retain_context_(&context, device) == 0 && set_context_(context) == 0;
+  }
+
+  int (*retain_context_)(void**, int) = nullptr;
+  int (*set_context_)(void*) = nullptr;
   int (*launch_kernel_)(
       void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**) = nullptr;
   std::mutex mutex_;
