@@ -9,7 +9,7 @@ differentiated again comes back to Python, to :func:`torchcalc.formula.pointwise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from torchcalc.native import pointwise as kernels
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["elementwise", "reduced", "total", "value"]
+__all__ = ["elementwise", "reduced"]
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -95,20 +95,3 @@ def by_launch(
 
 def _as_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def value(formula: Formula, inputs: Sequence[Tensor], numbers: Sequence[float]) -> Tensor | None:
-    """The value by a kernel, without a graph; None if none takes it."""
-    return None
-
-
-def total(
-    formula: Formula,
-    inputs: Sequence[Tensor],
-    weight: Tensor | None,
-    reduction: str,
-    by_weight: bool,
-    numbers: Sequence[float],
-) -> Tensor | None:
-    """The reduced value by a kernel, without a graph; None if none takes it."""
-    return None

@@ -187,8 +187,7 @@ def pointwise(
     n = len(formula.inputs)
 
     def forward(*args: Any) -> Tensor:
-        y = dispatch.value(formula, args[:n], args[n:])
-        return (torch_value or formula.on_tensors)(*args) if y is None else y
+        return (torch_value or formula.on_tensors)(*args)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.numbers = inputs[n:]
@@ -292,9 +291,6 @@ def loss(
 
     def forward(*args: Any) -> Tensor:
         inputs, reduction, numbers = args[:n], args[n], args[n + 1 :]
-        y = dispatch.total(formula, inputs, None, reduction, False, numbers)
-        if y is not None:
-            return y
         enum = _reduction.get_enum(reduction)  # raises if there is no such reduction
         dtypes = {x.dtype for x in inputs}
         if torch_value and len(dtypes) > 1:  # torch's own choice of a dtype
