@@ -253,7 +253,10 @@ def test_right_optimizers_have_no_errors(cls: Any, reference: Any, options: dict
     assert report, str(report)
     assert sum(f.verdict == "ok" for f in report) > 20
     if cls.__module__.startswith("torchcalc"):
-        assert {f.check for f in report.notes} <= OWN_NOTES, str(report)
+        # What torch's does too: the lr of an average's step is set one step before.
+        assert {f.check for f in report.notes} <= OWN_NOTES | ({"schedulers"} if cls is ours.ASGD else set()), str(
+            report
+        )
 
 
 # The ways of calling it.

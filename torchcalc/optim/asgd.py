@@ -47,7 +47,7 @@ class ASGD(Optimizer):
     Args:
         lr: the first step size, a finite number >= 0 or a 1-element tensor.
         lambd: λ, the decay in (2) and (4).
-        alpha: α, the power in (4).
+        alpha: α >= 0, the power in (4).
         t0: t₀, the step after which the average begins.
         weight_decay: w >= 0.
 
@@ -92,7 +92,7 @@ class ASGD(Optimizer):
         check_one_element("lr", group["lr"])
         check_at_least_zero("learning rate", group["lr"])
         check_finite("lambd value", group["lambd"])
-        check_finite("alpha value", group["alpha"])
+        check_at_least_zero("alpha value", group["alpha"])
         check_at_least_zero("weight_decay value", group["weight_decay"])
 
     def hyper(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -114,4 +114,5 @@ class Rprop(Optimizer):
         if key == "prev":
             return super().new_slot(key, p, g, group)
         lr = to_scalar(group["lr"])
-        return torch.full_like(g, complex(lr, lr) if p.is_complex() else lr)
+        # A sum: full_like would read a tensor, and break the graph.
+        return torch.zeros_like(g) + (lr * (1 + 1j) if p.is_complex() else lr)
