@@ -1,7 +1,8 @@
 """How a ratio is measured.
 
-Both sides run in one process, call by call in turn, and the order is swapped every round: blocks of one side after the
-other mislead by up to 1.6 times (page faults, clock changes, neighbours on the machine hit one side only). The ratio is
+Both sides run in one process, call by call in turn, in an order that is drawn anew every round: blocks of one side after
+the other mislead by up to 1.6 times (page faults, clock changes, neighbours on the machine hit one side only), and a fixed
+order by a tenth (one side then always finds in the caches what the same other call has left there). The ratio is
 the median of the rounds' ratios stock / ours, above 1 if we are faster, its spread their middle half: calls that follow
 one another share the machine's mood, and medians of the two sides alone may fall into different ones.
 Before anything is timed, both sides compute the same from the same start, or the row is an error.
@@ -14,6 +15,7 @@ factor of two between minutes.
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -119,21 +121,22 @@ def timed(call: Callable[[], Any], repeat: int) -> float:
 def interleaved(
     calls: list[Callable[[], Any]], seconds: float, repeat: int | None = None, minimum: int = 5
 ) -> list[list[float]]:
-    """Times of each call, round by round, in alternating order."""
+    """Times of each call, round by round, in random order."""
     for call in calls:
         call()
     if repeat is None:  # a sample lasts some 0.2 ms at least, so that the clock's own cost does not show
         repeat = max(1, int(2e-4 / max(timed(calls[1], 3), 1e-9)))
     times: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
+    shuffle = random.Random(0).shuffle
     gc_was_enabled = gc.isenabled()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times[0]) < minimum:
+            shuffle(order)
             for i in order:
                 times[i].append(timed(calls[i], repeat))
-            order.reverse()
     finally:
         if gc_was_enabled:
             gc.enable()
