@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["elementwise", "reduced"]
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-
 
 def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The reference, with the ways around it."""
@@ -59,7 +57,7 @@ def reduced(formula: Formula, reference: Callable[..., Tensor]) -> Callable[...,
 
     def apply(*args: Any) -> Tensor:
         nonlocal launch
-        if is_compiling() or (how := REDUCTIONS.get(args[n + 1])) is None or not isinstance(args[0], Tensor):
+        if is_compiling() or (how := kernels.REDUCTIONS.get(args[n + 1])) is None or not isinstance(args[0], Tensor):
             return reference(*args)
         inputs = args[: n + 1]
         if _is_any_autocast_enabled() and torch.is_autocast_enabled(args[0].device.type):

@@ -30,9 +30,20 @@ from torch import Tensor, nn
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 
 from torchcalc.autograd import Function
+from torchcalc.native import pointwise as kernels
 from torchcalc.promotion import autocasts_to_float32, like, widen
 
 __all__ = ["LogSoftmax", "Softmax", "log_softmax", "softmax"]
+
+
+def softmax_backward(y: Tensor, g: Tensor, dim: int) -> Tensor:
+    wide, g = widen(y), widen(g)
+    return like(wide * (g - (wide * g).sum(dim, keepdim=True)), y)  # (5)
+
+
+def log_softmax_backward(z: Tensor, g: Tensor, dim: int) -> Tensor:
+    y, g = widen(z).exp(), widen(g)
+    return like(g - y * g.sum(dim, keepdim=True), z)  # (3)
 
 
 class SoftmaxFunction(Function):
@@ -49,19 +60,14 @@ class SoftmaxFunction(Function):
         ctx.save_for_backward(output)
 
     @staticmethod
-    def product(ctx: Any, g: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        y, g = widen(y), widen(g)
-        return y * (g - (y * g).sum(ctx.dim, keepdim=True))  # (5)
-
-    @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        return SoftmaxFunction.product(ctx, grad_output).to(ctx.dtype), None, None
+        (y,) = ctx.saved_tensors
+        return softmax_backward(y, grad_output, ctx.dim).to(ctx.dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _dim: None, _dtype: None) -> Tensor:
         (y,) = ctx.saved_tensors
-        return like(SoftmaxFunction.product(ctx, tangent.to(y.dtype)), y)
+        return softmax_backward(y, tangent.to(y.dtype), ctx.dim)
 
 
 class LogSoftmaxFunction(Function):
@@ -76,8 +82,7 @@ class LogSoftmaxFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (z,) = ctx.saved_tensors
-        y, g = widen(z).exp(), widen(grad_output)
-        return (g - y * g.sum(ctx.dim, keepdim=True)).to(ctx.dtype), None, None  # (3)
+        return log_softmax_backward(z, grad_output, ctx.dim).to(ctx.dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _dim: None, _dtype: None) -> Tensor:
@@ -107,9 +112,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     """
     if dim is None:
         dim = _get_softmax_dim("softmax", input.dim(), _stacklevel)
-    if dtype is None and autocasts_to_float32(input):
-        dtype = torch.float32
-    return SoftmaxFunction.apply(input, dim, dtype)
+    return _along(input, dim, dtype, False)
 
 
 def log_softmax(
@@ -135,9 +138,19 @@ def log_softmax(
     """
     if dim is None:
         dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
-    if dtype is None and autocasts_to_float32(input):
+    return _along(input, dim, dtype, True)
+
+
+def _along(x: Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> Tensor:
+    """By torch's own kernels, forward and backward, where nothing looks on; the Functions above are what they compute."""
+    if dtype is None and autocasts_to_float32(x):
         dtype = torch.float32
-    return LogSoftmaxFunction.apply(input, dim, dtype)
+    if not torch.compiler.is_compiling() and (rows := kernels.rows()) is not None:
+        cast = x if dtype is None or dtype == x.dtype or not isinstance(x, Tensor) else x.to(dtype)
+        y: Tensor | None = rows.softmax(cast, dim, log)
+        if y is not None:
+            return y
+    return (LogSoftmaxFunction if log else SoftmaxFunction).apply(x, dim, dtype)
 
 
 class Softmax(nn.Softmax):

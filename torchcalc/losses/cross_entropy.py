@@ -27,8 +27,10 @@ For classes q is kept as two parts, q = smooth + hard·e_y with smooth = w·ε/C
 (1 - ε)·w_y; for probabilities q is all smooth. A sample of class ignore_index has q = 0. The loss is L = Σ_n ℓ_n / N: N
 = 1 under sum; under mean N counts the samples, or for classes N = Σ_n w_(y_n) over those not ignored.
 
-Saves its arguments, which are alive anyway: softmax(x) is computed anew in backward, where torch keeps log p from
-forward, a tensor of the size of x. float16 and bfloat16 are computed in float32, of which nothing is kept either.
+Saves its arguments, which are alive anyway, and on CPU two numbers for each sample: its largest logit m and log Σ_k e^(x_k -
+m), from which p is computed anew in backward; torch keeps log p from forward, a tensor of the size of x. float16 and bfloat16
+are computed in float32, of which nothing is kept either. Forward reads the logits once, and backward once
+(native/csrc/rows.cpp); what follows are the same formulas as operations on tensors.
 
 Reference: Bridle 1990, "Training stochastic model recognition algorithms as networks", NeurIPS 2. Label smoothing:
 Szegedy et al. 2016, arXiv:1512.00567.
@@ -44,7 +46,8 @@ from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
 from torchcalc.autograd import Function
 from torchcalc.losses.reduction import resolve
-from torchcalc.promotion import like, unbroadcast, widen
+from torchcalc.native import pointwise as kernels
+from torchcalc.promotion import autocasts, like, unbroadcast, widen
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -151,6 +154,29 @@ def slope_w(x: Tensor, u: Distribution) -> Tensor:
     return -u.smooth * torch.log_softmax(widen(x), class_dim(x))  # (6), for probabilities
 
 
+def shares(
+    grad_output: Tensor, x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    """∂L/∂ℓ of each sample, times what comes in; broadcasts against the logits."""
+    g = widen(grad_output) / normalizer(x, target, w, ignore_index, reduction)
+    return g.reshape(x.narrow(class_dim(x), 0, 1).shape) if reduction == "none" else g
+
+
+def gradient(
+    grad_output: Tensor,
+    x: Tensor,
+    target: Tensor,
+    w: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float,
+) -> Tensor:
+    """∂L/∂x, times what comes in: what the kernel computes, by operations that have derivatives."""
+    q = distribution(x, target, w, ignore_index, smoothing)
+    r = shares(grad_output, x, target, w, ignore_index, reduction) * q.counts
+    return like(slope_x(x, q, r), x)
+
+
 class CrossEntropyFunction(Function):
     autocast = "float32"
 
@@ -194,10 +220,7 @@ class CrossEntropyFunction(Function):
         ignore_index, reduction, smoothing = ctx.options
         need_x, need_t, need_w, *_ = ctx.needs_input_grad
         q = distribution(x, target, w, ignore_index, smoothing)
-        g = widen(grad_output) / normalizer(x, target, w, ignore_index, reduction)
-        if reduction == "none":
-            g = g.reshape(x.narrow(class_dim(x), 0, 1).shape)
-        r = g * q.counts
+        r = shares(grad_output, x, target, w, ignore_index, reduction) * q.counts
         grad_w = None
         if need_w:
             u = distribution(x, target, None, ignore_index, smoothing)
@@ -282,7 +305,16 @@ def cross_entropy(
     reduction = resolve(reduction, size_average, reduce)
     if target.dtype == torch.uint8:
         target = target.long()  # torch's own transforms have no uint8 index
-    return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, max(label_smoothing, 0.0))
+    smoothing = max(float(label_smoothing), 0.0)
+    if not torch.compiler.is_compiling() and (rows := kernels.rows()) is not None and isinstance(input, Tensor):
+        halves = input.dtype in (torch.bfloat16, torch.float16)
+        arguments = (widen(input), target, widen(weight)) if halves and autocasts(input) else (input, target, weight)
+        loss: Tensor | None = rows.cross_entropy(
+            *arguments, ignore_index, kernels.REDUCTIONS.get(reduction, -1), smoothing
+        )
+        if loss is not None:
+            return loss
+    return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, smoothing)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

@@ -1,4 +1,5 @@
-"""The library of autograd nodes, called from Python: a formula's value, with a backward that calls its other kernels.
+"""The library of autograd nodes, called from Python: a formula's value, with a backward that calls its other kernels; and
+cross-entropy and softmax, likewise.
 
 Each function returns None for what it does not take: then nothing was computed. See ``csrc/node/node.cpp``.
 """
@@ -17,7 +18,10 @@ from torchcalc import native
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["elementwise", "enter_launch", "index", "reduced", "saved"]
+__all__ = ["REDUCTIONS", "elementwise", "enter_launch", "index", "reduced", "rows", "saved"]
+
+#: torch's numbers for them.
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 _indices: dict[str, int] = {}
 _connected: bool | None = None
@@ -35,6 +39,12 @@ def index(formula: Formula) -> int:
     if found is None:
         found = _indices[formula.name] = _nodes.find(formula.name, formula.hash) if _connect() else -1
     return found
+
+
+def rows() -> Any:
+    """The module with cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing) and softmax(input, dim,
+    log); None where it is not there."""
+    return _nodes if _connect() else None
 
 
 def saved(node: Any) -> list[Any] | None:
@@ -67,6 +77,9 @@ _library: Any = None
 def _register_second_derivatives() -> None:
     global _library
     from torchcalc.formula.pointwise import FORMULAS, gradients
+    from torchcalc.layers.softmax import log_softmax_backward
+    from torchcalc.layers.softmax import softmax_backward as product
+    from torchcalc.losses.cross_entropy import gradient
 
     def differentiable_backward(
         name: str, g: Tensor, saved: Sequence[Tensor | None], numbers: Sequence[float], needed: Sequence[bool]
@@ -77,6 +90,16 @@ def _register_second_derivatives() -> None:
         }
         return [grad for grad in gradients(formula, g, known, needed) if grad is not None]
 
+    def softmax_backward(g: Tensor, y: Tensor, dim: int, log: bool) -> Tensor:
+        return (log_softmax_backward if log else product)(y, g, dim)
+
+    def cross_entropy_backward(
+        g: Tensor, x: Tensor, target: Tensor, w: Tensor | None, ignored: int, reduction: int, smoothing: float
+    ) -> Tensor:
+        name = next(name for name, code in REDUCTIONS.items() if code == reduction)
+        return gradient(g, x, target, w, ignored, name, smoothing)
+
     _library = torch.library.Library("torchcalc_nodes", "FRAGMENT")
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Batched"):  # vmap's two kinds too
-        _library.impl("differentiable_backward", differentiable_backward, key)
+        for backward in (differentiable_backward, softmax_backward, cross_entropy_backward):
+            _library.impl(backward.__name__, backward, key)

@@ -6,6 +6,7 @@
 
 #include "number.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace torchcalc {
 namespace {
@@ -328,6 +329,6 @@ Registered::Registered(const Formula& formula) { formulas().push_back(formula); 
 
 extern "C" __attribute__((visibility("default"))) const torchcalc::Table* torchcalc_table() {
   using namespace torchcalc;
-  static const Table table{formulas().data(), static_cast<int64_t>(formulas().size()), apply, total, sum};
+  static const Table table{formulas().data(), static_cast<int64_t>(formulas().size()), apply, total, sum, &row_kernels};
   return &table;
 }

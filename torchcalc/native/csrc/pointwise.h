@@ -41,6 +41,8 @@ struct Operand {
   Number number = Number::float32;
 };
 
+struct RowKernels;
+
 // What the library of autograd nodes calls, which is built apart: see node/node.cpp.
 struct Table {
   const Formula* formulas;
@@ -50,6 +52,7 @@ struct Table {
   // Σ weight[i]·kernel(in[0][i], ...), the same for any number of threads; and Σ weight[i].
   double (*total)(const Kernel&, int64_t n, const Operand* in, int count, const Operand* weight, const double*);
   double (*sum)(int64_t n, const Operand& of);
+  const RowKernels* rows;  // rows.h
 };
 
 template <class K, class T>

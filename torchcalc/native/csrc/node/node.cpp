@@ -6,62 +6,28 @@
 // Each function returns None, before anything is computed, for tensors that no kernel takes.
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorIterator.h>
-#include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
 
 #include <cstring>
 
-#include "../pointwise.h"
+#include "common.h"
 #include "gpu.h"
+#include "rows.h"
 
 namespace {
 
-using at::Tensor;
-using at::TensorList;
-using torch::autograd::Node;
-using torch::autograd::SavedVariable;
-using torch::autograd::variable_list;
 using torchcalc::Formula;
 using torchcalc::Kernel;
 using torchcalc::max_inputs;
-using torchcalc::Number;
 using torchcalc::Operand;
 using Numbers = c10::SmallVector<double, 4>;
-
-const torchcalc::Table* table = nullptr;
-
-enum Reduction : int64_t { none = 0, mean = 1, sum = 2 };
-
-bool number_of(at::ScalarType type, Number& number) {
-  switch (type) {
-    case at::kFloat: number = Number::float32; return true;
-    case at::kDouble: number = Number::float64; return true;
-    case at::kBFloat16: number = Number::bfloat16; return true;
-    case at::kHalf: number = Number::float16; return true;
-    default: return false;
-  }
-}
-
-// Numbers in memory that a kernel may read, with nothing of torch's left to be done to them.
-bool is_plain(const Tensor& x) {
-  Number number;
-  return (x.device().is_cpu() || x.device().is_cuda()) && x.layout() == at::kStrided && number_of(x.scalar_type(), number) && !x.is_neg() &&
-      !x._is_zerotensor() && !at::isTensorSubclassLike(x);
-}
 
 Operand operand(const Tensor& x, int64_t stride) {
   Operand o;
@@ -72,8 +38,6 @@ Operand operand(const Tensor& x, int64_t stride) {
 }
 
 Operand flat(const Tensor& x) { return operand(x, static_cast<int64_t>(x.element_size())); }
-
-bool lies_like(const Tensor& x, const Tensor& like) { return x.sizes() == like.sizes() && x.strides() == like.strides(); }
 
 // One number seen through strides of 0: what sum().backward() sends back.
 bool is_one_number(const Tensor& x) {
@@ -218,30 +182,8 @@ c10::SmallVector<Tensor, max_inputs + 1> aligned(TensorList inputs, const std::o
 
 Operand operand_like(const Tensor& x, const Tensor& like) { return lies_like(x, like) ? flat(x) : operand(x, 0); }
 
-// Nodes are counted by themselves from torch 2.13 on, and by std::shared_ptr before.
-template <class N>
-inline constexpr bool counts_itself = std::is_base_of_v<c10::intrusive_ptr_target, N>;
-
-template <class N>
-auto make_node() {
-  if constexpr (counts_itself<N>) {
-    return c10::make_intrusive<N>();
-  } else {
-    return std::make_shared<N>();
-  }
-}
-
-template <class N>
-auto self_of(N* node) {
-  if constexpr (counts_itself<N>) {
-    return c10::intrusive_ptr<N>::reclaim_copy(node);
-  } else {
-    return node->shared_from_this();
-  }
-}
-
 // The gradient of a formula's inputs, in torch's graph.
-struct Backward : public Node {
+struct Backward : public KernelNode {
   const Formula* formula = nullptr;
   Numbers numbers;
   SavedVariable saved[max_inputs];
@@ -255,13 +197,14 @@ struct Backward : public Node {
 
   std::string name() const override { return std::string(formula->name) + "Backward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<SavedVariable*> kept() override {
+    std::vector<SavedVariable*> all;
     for (int i = 0; i < formula->inputs; ++i) {
-      if (has[i]) saved[i].reset_data();
+      if (has[i]) all.push_back(&saved[i]);
     }
-    if (has_y) saved_y.reset_data();
-    if (has_weight) saved_weight.reset_data();
+    if (has_y) all.push_back(&saved_y);
+    if (has_weight) all.push_back(&saved_weight);
+    return all;
   }
 
   variable_list apply(variable_list&& incoming) override {
@@ -542,11 +485,6 @@ bool read_inputs(PyObject* const* args, Py_ssize_t count, c10::SmallVector<Tenso
   return true;
 }
 
-bool is_observed() {
-  return c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing() ||
-      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-}
-
 bool read_numbers(PyObject* const* args, Py_ssize_t count, Numbers& numbers) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (!PyFloat_Check(args[i]) && !PyLong_Check(args[i])) return false;
@@ -604,18 +542,53 @@ PyObject* py_reduced(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// cross_entropy(input, target, weight or None, ignore_index, reduction, label_smoothing)
+PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::SmallVector<Tensor, max_inputs> x, weight;
+  if (count != 6 || is_observed() || !read_inputs(args, 1, x) || !THPVariable_CheckExact(args[1]) ||
+      !(args[2] == Py_None || read_inputs(args + 2, 1, weight)) || !PyLong_Check(args[3]) || !PyFloat_Check(args[5])) {
+    Py_RETURN_NONE;
+  }
+  const Tensor& target = THPVariable_Unpack(args[1]);
+  Ways ways;
+  ways.ignored = PyLong_AsLongLong(args[3]);
+  ways.reduction = static_cast<Reduction>(PyLong_AsLongLong(args[4]));
+  ways.smoothing = PyFloat_AsDouble(args[5]);
+  if (PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> loss;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    loss = cross_entropy(x[0], target, weight.empty() ? Tensor() : weight[0], ways);
+  }
+  return wrapped(std::move(loss));
+  END_HANDLE_TH_ERRORS
+}
+
+// softmax(input, dim, log)
+PyObject* py_softmax(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::SmallVector<Tensor, max_inputs> x;
+  if (count != 3 || is_observed() || !read_inputs(args, 1, x) || !PyLong_Check(args[1])) Py_RETURN_NONE;
+  const int64_t dim = PyLong_AsLongLong(args[1]);
+  if (PyErr_Occurred()) throw python_error();
+  const bool log = PyObject_IsTrue(args[2]);
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = softmax(x[0], dim, log);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 // saved(grad_fn) -> what it keeps for backward, as torch's SavedTensor; None if it is not one of these nodes.
 PyObject* py_saved(PyObject*, PyObject* object) {
   HANDLE_TH_ERRORS
-  auto* node = dynamic_cast<Backward*>(reinterpret_cast<torch::autograd::THPCppFunction*>(object)->cdata.get());
+  auto* node = dynamic_cast<KernelNode*>(reinterpret_cast<torch::autograd::THPCppFunction*>(object)->cdata.get());
   if (!node) Py_RETURN_NONE;
   pybind11::list all;
-  const auto add = [&](SavedVariable& x) { all.append(pybind11::cast(x, pybind11::return_value_policy::reference)); };
-  for (int i = 0; i < node->formula->inputs; ++i) {
-    if (node->has[i]) add(node->saved[i]);
-  }
-  if (node->has_y) add(node->saved_y);
-  if (node->has_weight) add(node->saved_weight);
+  for (SavedVariable* x : node->kept()) all.append(pybind11::cast(*x, pybind11::return_value_policy::reference));
   return all.release().ptr();
   END_HANDLE_TH_ERRORS
 }
@@ -670,6 +643,8 @@ PyObject* py_connect(PyObject*, PyObject* address) {
 PyMethodDef methods[] = {
     {"elementwise", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_elementwise)), METH_FASTCALL, nullptr},
     {"reduced", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_reduced)), METH_FASTCALL, nullptr},
+    {"cross_entropy", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_cross_entropy)), METH_FASTCALL, nullptr},
+    {"softmax", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_softmax)), METH_FASTCALL, nullptr},
     {"saved", py_saved, METH_O, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},
     {"connect", py_connect, METH_O, nullptr},
@@ -683,4 +658,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit_torchcalc_nod
 
 TORCH_LIBRARY(torchcalc_nodes, m) {
   m.def("differentiable_backward(str formula, Tensor grad, Tensor?[] saved, float[] numbers, bool[] needed) -> Tensor[]");
+  m.def("softmax_backward(Tensor grad, Tensor output, int dim, bool log) -> Tensor");
+  m.def(
+      "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, int ignored, int reduction, "
+      "float smoothing) -> Tensor");
 }

@@ -1,0 +1,262 @@
+// Functions of rows in torch's graph: cross-entropy, whose kernels are ours, and softmax, whose kernels are torch's.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/_log_softmax.h>
+#include <ATen/ops/_log_softmax_backward_data.h>
+#include <ATen/ops/_softmax.h>
+#include <ATen/ops/_softmax_backward_data.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <cmath>
+
+#include "../rows.h"
+#include "common.h"
+
+namespace {
+
+using torchcalc::CrossEntropy;
+
+// How a cross-entropy is taken.
+struct Ways {
+  int64_t ignored = -100;
+  Reduction reduction = mean;
+  double smoothing = 0;
+};
+
+at::ScalarType computed(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+bool is_cpu_array(const Tensor& x) {
+  return x.device().is_cpu() && x.layout() == at::kStrided && !x.is_neg() && !x._is_zerotensor() && !at::isTensorSubclassLike(x);
+}
+
+// The logits as (outer, classes, inner); false where they have to be made contiguous first.
+bool lay_out(const Tensor& x, CrossEntropy& rows) {
+  const int64_t axis = x.dim() == 1 ? 0 : 1;
+  rows.classes = x.size(axis);
+  rows.of_class = x.stride(axis);
+  rows.outer = axis == 0 ? 1 : x.size(0);
+  rows.of_outer = axis == 0 ? 0 : x.stride(0);
+  rows.inner = rows.of_inner = 1;
+  for (int64_t d = x.dim() - 1; d > axis; --d) {
+    if (x.size(d) == 1) continue;
+    if (rows.inner == 1) {
+      rows.of_inner = x.stride(d);
+    } else if (x.stride(d) != rows.inner * rows.of_inner) {
+      return false;
+    }
+    rows.inner *= x.size(d);
+  }
+  if (rows.inner == 1 && rows.of_class != 1) {  // classes apart: the samples may be what is side by side
+    std::swap(rows.inner, rows.outer);
+    std::swap(rows.of_inner, rows.of_outer);
+  }
+  return rows.classes == 1 || rows.of_class == 1 || rows.inner == 1 || rows.of_inner == 1;
+}
+
+// The tensors of a call, as a kernel reads them.
+struct Arrays {
+  Tensor x, target, weight;
+  CrossEntropy rows;
+
+  Arrays(const Tensor& logits, const Tensor& t, const Tensor& w, const Ways& ways)
+      : x(logits), target(t), weight(w.defined() ? w.to(computed(logits.scalar_type())).contiguous() : w) {
+    if (!x.is_non_overlapping_and_dense() || !lay_out(x, rows)) {
+      x = x.contiguous();
+      lay_out(x, rows);
+    }
+    number_of(x.scalar_type(), rows.number);
+    rows.logits = static_cast<const char*>(x.const_data_ptr());
+    if (target.scalar_type() == at::kLong) {
+      target = target.contiguous();
+      rows.target = target.const_data_ptr<int64_t>();
+    } else {
+      if (!lies_like(target, x)) target = at::empty_like(x).copy_(target);
+      rows.probabilities = static_cast<const char*>(target.const_data_ptr());
+    }
+    if (weight.defined()) rows.weight = weight.const_data_ptr();
+    rows.smoothing = ways.smoothing;
+    rows.ignored = ways.ignored;
+  }
+
+  // What the mean divides by; 1 where every sample is ignored.
+  double divisor() const {
+    if (!rows.target) return static_cast<double>(rows.samples());
+    double sum = 0;
+    bool any = false;
+    for (int64_t i = 0; i < rows.samples(); ++i) {
+      const int64_t y = rows.target[i];
+      if (y == rows.ignored) continue;
+      any = true;
+      sum += !weight.defined()                         ? 1
+             : weight.scalar_type() == at::kDouble ? weight.const_data_ptr<double>()[y]
+                                                       : static_cast<double>(weight.const_data_ptr<float>()[y]);
+    }
+    return any ? sum : 1;
+  }
+};
+
+struct CrossEntropyBackward : public KernelNode {
+  SavedVariable saved_x, saved_target, saved_weight;
+  Tensor statistics;
+  Ways ways;
+  bool has_weight = false;
+  double divisor = 1;
+
+  std::string name() const override { return "CrossEntropyFunctionBackward"; }
+
+  std::vector<SavedVariable*> kept() override {
+    std::vector<SavedVariable*> all{&saved_x, &saved_target};
+    if (has_weight) all.push_back(&saved_weight);
+    return all;
+  }
+
+  variable_list apply(variable_list&& incoming) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor& g = incoming[0];
+    if (!g.defined() || !task_should_compute_output(0)) return variable_list(1);
+    const auto self = self_of(static_cast<Node*>(this));
+    const Tensor x = saved_x.unpack(self), target = saved_target.unpack(self);
+    const Tensor weight = has_weight ? saved_weight.unpack(self) : Tensor();
+    if (!is_plain(g) || !g.is_cpu() || !is_plain(x) || !is_cpu_array(target) || (has_weight && !is_plain(weight)) ||
+        at::GradMode::is_enabled()) {
+      static const c10::OperatorHandle operation =
+          c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::cross_entropy_backward", "");
+      torch::jit::Stack stack{
+          g, x, target, has_weight ? std::optional<Tensor>(weight) : std::nullopt, ways.ignored,
+          static_cast<int64_t>(ways.reduction), ways.smoothing};
+      operation.callBoxed(&stack);
+      return {stack.at(0).toTensor()};
+    }
+    Arrays arrays(x, target, weight, ways);
+    arrays.rows.statistics = statistics.data_ptr();
+    Tensor grad = at::detail::empty_strided_cpu(arrays.x.sizes(), arrays.x.strides(), x.scalar_type());
+    Tensor share;
+    double scale = 1 / divisor;
+    if (ways.reduction == none) {
+      share = g.to(statistics.scalar_type()).contiguous();
+    } else {
+      scale *= g.item<double>();
+    }
+    table->rows->cross_entropy_backward(
+        arrays.rows, share.defined() ? share.const_data_ptr() : nullptr, scale, static_cast<char*>(grad.mutable_data_ptr()));
+    return {grad};
+  }
+};
+
+// Sizes and dtypes that the kernels take; what is wrong besides is the reference's to say.
+bool takes(const Tensor& x, const Tensor& target, const Tensor& weight, const Ways& ways) {
+  if (!x.device().is_cpu() || x.dim() == 0 || x.numel() == 0 || !is_cpu_array(target)) return false;
+  const int64_t classes = x.size(x.dim() == 1 ? 0 : 1);
+  if (!(ways.smoothing >= 0 && ways.smoothing <= 1) || (ways.reduction != none && ways.reduction != mean && ways.reduction != sum)) {
+    return false;
+  }
+  if (weight.defined() && (weight.dim() != 1 || weight.size(0) != classes || weight.scalar_type() != x.scalar_type() || weight.requires_grad())) {
+    return false;
+  }
+  if (target.scalar_type() == x.scalar_type()) {
+    return target.sizes() == x.sizes() && !target.requires_grad() && !target._fw_grad(0).defined() && ways.ignored < 0;
+  }
+  if (target.scalar_type() != at::kLong || target.dim() != std::max<int64_t>(x.dim() - 1, 0)) return false;
+  for (int64_t d = 0; d < target.dim(); ++d) {
+    if (target.size(d) != x.size(d == 0 ? 0 : d + 1)) return false;
+  }
+  return true;
+}
+
+std::optional<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const Tensor& weight, const Ways& ways) {
+  if (!takes(x, target, weight, ways)) return std::nullopt;
+  const bool recorded = at::GradMode::is_enabled() && x.requires_grad();
+  Tensor out, statistics;
+  double divisor = 1;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Arrays arrays(x, target, weight, ways);
+    const int64_t samples = arrays.rows.samples();
+    statistics = at::detail::empty_cpu({arrays.rows.probabilities ? 3 : 2, samples}, computed(x.scalar_type()));
+    arrays.rows.statistics = statistics.mutable_data_ptr();
+    const bool whole = ways.reduction == none;
+    Tensor losses;
+    if (whole) losses = at::detail::empty_cpu(arrays.rows.target ? target.sizes() : at::IntArrayRef{}, at::kDouble);
+    if (whole && !arrays.rows.target) {
+      std::vector<int64_t> size = x.sizes().vec();
+      size.erase(size.begin() + (x.dim() == 1 ? 0 : 1));
+      losses = at::detail::empty_cpu(size, at::kDouble);
+    }
+    std::vector<double> own(whole ? 0 : static_cast<size_t>(samples));
+    double* const each = whole ? losses.mutable_data_ptr<double>() : own.data();
+    if (!table->rows->cross_entropy(arrays.rows, each)) return std::nullopt;
+    if (whole) {
+      out = losses.to(x.scalar_type());
+    } else {
+      double total = 0;
+      for (const double loss : own) total += loss;
+      if (ways.reduction == mean) total /= divisor = arrays.divisor();
+      out = at::detail::empty_cpu({}, x.scalar_type());
+      out.fill_(total);
+    }
+  }
+  if (recorded) {
+    auto node = make_node<CrossEntropyBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x));
+    node->ways = ways;
+    node->divisor = divisor;
+    node->statistics = std::move(statistics);
+    node->saved_x = SavedVariable(x, false);
+    node->saved_target = SavedVariable(target, false);
+    node->has_weight = weight.defined();
+    if (node->has_weight) node->saved_weight = SavedVariable(weight, false);
+    torch::autograd::set_history(out, node);
+  }
+  return out;
+}
+
+struct SoftmaxBackward : public KernelNode {
+  SavedVariable saved_y;
+  int64_t dim = 0;
+  bool log = false;
+  at::ScalarType dtype = at::kFloat;
+
+  std::string name() const override { return log ? "LogSoftmaxFunctionBackward" : "SoftmaxFunctionBackward"; }
+
+  std::vector<SavedVariable*> kept() override { return {&saved_y}; }
+
+  variable_list apply(variable_list&& incoming) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor& g = incoming[0];
+    if (!g.defined() || !task_should_compute_output(0)) return variable_list(1);
+    const Tensor y = saved_y.unpack(self_of(static_cast<Node*>(this)));
+    if (is_plain(g) && is_plain(y) && g.scalar_type() == dtype && !at::GradMode::is_enabled()) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      return {log ? at::_log_softmax_backward_data(g, y, dim, dtype) : at::_softmax_backward_data(g, y, dim, dtype)};
+    }
+    static const c10::OperatorHandle operation =
+        c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::softmax_backward", "");
+    torch::jit::Stack stack{g, y, dim, log};
+    operation.callBoxed(&stack);
+    return {stack.at(0).toTensor()};
+  }
+};
+
+std::optional<Tensor> softmax(const Tensor& x, int64_t dim, bool log) {
+  const int64_t dims = std::max<int64_t>(x.dim(), 1);
+  if (dim < -dims || dim >= dims) return std::nullopt;
+  Tensor y;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    y = log ? at::_log_softmax(x, dim, false) : at::_softmax(x, dim, false);
+  }
+  if (at::GradMode::is_enabled() && x.requires_grad()) {
+    auto node = make_node<SoftmaxBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x));
+    node->dim = dim;
+    node->log = log;
+    node->dtype = x.scalar_type();
+    torch::autograd::set_history(y, node);
+    node->saved_y = SavedVariable(y, true);
+  }
+  return y;
+}
+
+}  // namespace
