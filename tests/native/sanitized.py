@@ -13,7 +13,7 @@ from pathlib import Path
 from torchcalc.native import build
 
 HERE = Path(__file__).parent
-TESTS = ["test_optim.py", "test_refusals.py", "test_bound.py", "test_rounding.py", "test_grad_norm.py"]
+TESTS = ["test_optim.py", "test_refusals.py", "test_bound.py", "test_rounding.py", "test_grad_norm.py", "test_rows.py"]
 
 
 def library_of_compiler(*names: str) -> str:
