@@ -31,6 +31,8 @@ LOSSES = (
     "kl_div", "poisson_nll_loss", "gaussian_nll_loss",
 )  # fmt: skip
 FASTER = {"softplus", "mish", "elu", "swiglu", "geglu"}  # of which torch's backward, or torch itself, is composed
+#: Logits, and the ratio that is wanted.
+CROSS_ENTROPY = {(32, 10): 0.85, (128, 1000): 1.4, (8192, 1024): 2.2, (2048, 32_000): 2.3}
 SIZES = (32, 10_000, 100_000, 1_000_000)
 
 
@@ -49,6 +51,14 @@ def rows() -> Iterator[Row]:
         for reduction in ("none", "mean", "sum"):
             yield loss_row(name, (8192, 128), torch.float32, reduction)
         yield loss_row(name, (8192, 128), torch.bfloat16, "mean")
+    for shape, target in CROSS_ENTROPY.items():
+        yield cross_entropy_row(shape, torch.float32, target)
+    yield cross_entropy_row((8192, 1024), torch.bfloat16, 1.0)
+    yield cross_entropy_row((8192, 1024), torch.float32, 1.0, " smoothed", label_smoothing=0.1)
+    yield cross_entropy_row((4, 21, 128, 128), torch.float32, 1.0)
+    for name in ("softmax", "log_softmax"):
+        for shape in ((32, 10), (8192, 1024)):
+            yield rows_row(name, shape)
     yield compiled_row()
 
 
@@ -134,6 +144,28 @@ def loss_row(name: str, shape: tuple[int, ...], dtype: torch.dtype, reduction: s
     return row(
         named(name, shape, dtype, f" {reduction}"), lambda x: stock(x, *rest), lambda x: mine(x, *rest), make, dtype,
         against=f"torch's {name}", traffic=traffic, target=0.97 if large else 0.9, quick=large and reduction == "mean",
+    )  # fmt: skip
+
+
+def cross_entropy_row(
+    shape: tuple[int, ...], dtype: torch.dtype, target: float, variant: str = "", **options: Any
+) -> Row:
+    """Reads the logits forward, reads them again backward and writes their gradient."""
+    stock, mine = pair("cross_entropy", **options)
+    t = torch.randint(shape[1], (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(1))
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return row(
+        named("cross_entropy", shape, dtype, variant), lambda x: stock(x, t), lambda x: mine(x, t),
+        lambda: [values(shape, dtype)], dtype, against="torch's cross_entropy",
+        traffic=Traffic(size, reads=2, writes=1) if size > 1 << 20 else None, target=target, quick=shape[0] < 1000,
+    )  # fmt: skip
+
+
+def rows_row(name: str, shape: tuple[int, ...]) -> Row:
+    stock, mine = pair(name, dim=1)
+    return row(
+        named(name, shape, torch.float32), stock, mine, lambda: [values(shape, torch.float32)], torch.float32,
+        against=f"torch's {name}", target=0.9 if shape[0] <= 32 else 0.97, quick=shape[0] <= 32,
     )  # fmt: skip
 
 

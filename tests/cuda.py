@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 BUDGET = 220.0  # seconds, after which the tests that are left are not begun
 
 FILES = (
-    "tests/optim/on_device.py", "tests/formula/on_device.py", "tests/optim/test_parity.py", "tests/activations",
-    "tests/losses", "tests/layers",
+    "tests/optim/on_device.py", "tests/formula/on_device.py", "tests/native/on_device.py", "tests/optim/test_parity.py",
+    "tests/activations", "tests/losses", "tests/layers",
 )  # fmt: skip
 #: Checks of a function that compile take seconds each: they run where several processes share them.
 SLOW = ("compiled", "compiled_functional", "compiled_by_inductor", "exported")

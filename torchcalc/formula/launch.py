@@ -45,6 +45,8 @@ def fits(tensors: Sequence[Tensor]) -> bool:
     for t in tensors:
         if type(t) not in PLAIN or t.dtype not in ELEMENTS or t.layout is not torch.strided or t.is_neg():
             return False
+        if not torch._C._has_storage(t):  # a batch of gradients, for is_grads_batched=True
+            return False
         if t.device != device or t.shape != shape:
             return False
         if not t.is_contiguous() if contiguous else t.stride() != strides:

@@ -45,8 +45,12 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
 from torchcalc.autograd import Function
+from torchcalc.formula.launch import fits
+from torchcalc.formula.launched import is_observed
 from torchcalc.losses.reduction import resolve
 from torchcalc.native import pointwise as kernels
+from torchcalc.native import row_kernels
+from torchcalc.native.gpu import INTERPRETED
 from torchcalc.promotion import autocasts, like, unbroadcast, widen
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
@@ -249,6 +253,47 @@ class CrossEntropyFunction(Function):
         return losses.to(_result_dtype(x, target, w))
 
 
+class Launched(torch.autograd.Function):
+    """The same by kernels on a GPU, as bare as can be: (rows, classes) and the class of each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int, reduction: str, smoothing: float
+    ) -> Tensor:
+        loss, ctx.kept = row_kernels.cross_entropy(x, target, w, ignore_index, reduction, smoothing)
+        ctx.save_for_backward(x, target, w)
+        ctx.options = (ignore_index, reduction, smoothing)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, target, w = ctx.saved_tensors
+        if torch.is_grad_enabled() or not fits([g]):
+            grad = gradient(g, x, target, w, *ctx.options)
+        else:
+            grad = row_kernels.cross_entropy_gradient(g, x, target, w, ctx.kept, *ctx.options)
+        return grad, None, None, None, None, None
+
+
+def _launched(
+    x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int, reduction: str, smoothing: float
+) -> Tensor | None:
+    """The loss by kernels on a GPU; None where they do not take the arguments."""
+    if (
+        not (x.is_cuda or INTERPRETED)
+        or reduction not in kernels.REDUCTIONS
+        or not 0 <= smoothing <= 1
+        or not row_kernels.takes(x, target, w)
+        or is_observed()
+        or type(target) is not Tensor
+        or not fits([x if x.is_contiguous() else x[0]])
+        or (w is not None and (not fits([w]) or (w.requires_grad and torch.is_grad_enabled())))
+    ):
+        return None
+    loss: Tensor = Launched.apply(x, target, w, ignore_index, reduction, smoothing)
+    return loss
+
+
 def _result_dtype(x: Tensor, target: Tensor, w: Tensor | None) -> torch.dtype:
     if not target.is_floating_point():
         return x.dtype
@@ -306,12 +351,14 @@ def cross_entropy(
     if target.dtype == torch.uint8:
         target = target.long()  # torch's own transforms have no uint8 index
     smoothing = max(float(label_smoothing), 0.0)
-    if not torch.compiler.is_compiling() and (rows := kernels.rows()) is not None and isinstance(input, Tensor):
+    if not torch.compiler.is_compiling() and isinstance(input, Tensor):
         halves = input.dtype in (torch.bfloat16, torch.float16)
         arguments = (widen(input), target, widen(weight)) if halves and autocasts(input) else (input, target, weight)
-        loss: Tensor | None = rows.cross_entropy(
-            *arguments, ignore_index, kernels.REDUCTIONS.get(reduction, -1), smoothing
-        )
+        loss: Tensor | None = None
+        if (rows := kernels.rows()) is not None:
+            loss = rows.cross_entropy(*arguments, ignore_index, kernels.REDUCTIONS.get(reduction, -1), smoothing)
+        if loss is None:
+            loss = _launched(*arguments, ignore_index, reduction, smoothing)
         if loss is not None:
             return loss
     return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, smoothing)

@@ -26,7 +26,7 @@ struct Format<float> {
   static constexpr float round_to_int = 0x1.8p23f;  // adding it leaves an integer in the low bits
   static constexpr float log2e = 0x1.715476p+0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float exp_lowest = -104.0f, exp_highest = 89.0f;
-  static constexpr float least_normal = 0x1p-126f;
+  static constexpr float least_normal = 0x1p-126f, exp_least_normal = -87.0f;
 };
 template <>
 struct Format<double> {
@@ -35,7 +35,7 @@ struct Format<double> {
   static constexpr double round_to_int = 0x1.8p52;
   static constexpr double log2e = 0x1.71547652b82fep+0, ln2_high = 0x1.62e42fefa0000p-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
   static constexpr double exp_lowest = -746.0, exp_highest = 710.0;
-  static constexpr double least_normal = 0x1p-1022;
+  static constexpr double least_normal = 0x1p-1022, exp_least_normal = -708.0;
 };
 
 template <class T>
@@ -99,6 +99,15 @@ TC_INLINE T exp(T x) {
   const T e = fma<Fma>(r * r, exp_rest<Fma>(r), r) + T(1);
   const auto half = n >> 1;  // in two factors: 2ⁿ itself may overflow, or be subnormal
   return e * power_of_2<T>(half) * power_of_2<T>(n - half);
+}
+
+// The same for x <= 0, with 0 for what is below the least normal number: a third less to do.
+template <bool Fma, class T>
+TC_INLINE T exp_of_negative(T x) {
+  T r;
+  const auto n = reduce<Fma>(x, r);
+  const T e = fma<Fma>(r * r, exp_rest<Fma>(r), r) + T(1);
+  return x < Format<T>::exp_least_normal ? T(0) : e * power_of_2<T>(n);
 }
 
 template <bool Fma, class T>

@@ -9,7 +9,10 @@
 namespace torchcalc {
 namespace {
 
+using math::infinity;
+
 constexpr int64_t chunk = 1024;  // elements of a row that are looked at together: they stay in the first cache
+constexpr int64_t shortest = 40; // up to here a row is too short for itself
 constexpr int64_t lanes = 128;   // samples side by side that are
 constexpr int width = 16;        // running numbers in a loop, so that it vectorises
 
@@ -54,9 +57,13 @@ TC_INLINE T select_times(T q, T x) {  // where 0·∞ = 0
   return q == T(0) ? T(0) : q * x;
 }
 
-// Side by side in memory: as they lie, or widened into a buffer.
+// Numbers of a row or a class: as they lie, where that is side by side as T, or in a buffer.
 template <class Stored, class T>
-TC_INLINE const T* widened(const Stored* from, int64_t n, T* buffer) {
+TC_INLINE const T* widened(const Stored* from, int64_t n, T* buffer, int64_t stride = 1) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(load(from[i * stride]));
+    return buffer;
+  }
   if constexpr (std::is_same_v<Stored, T>) {
     return from;
   } else {
@@ -67,23 +74,32 @@ TC_INLINE const T* widened(const Stored* from, int64_t n, T* buffer) {
 }
 
 template <class Stored, class T>
-TC_INLINE void narrowed(const T* from, int64_t n, Stored* to) {
+TC_INLINE void narrowed(const T* from, int64_t n, Stored* to, int64_t stride = 1) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) store(to[i * stride], from[i]);
+    return;
+  }
   TC_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
 }
 
+// Of floats compilers vectorise no maximum, since that of NaN and of zeros depends on the order; of integers they do. A
+// number's bits, all but the sign turned round where it is negative, are an integer that is ordered as the numbers are; a
+// positive NaN is above them.
+template <class Int>
+TC_INLINE Int turned(Int bits) {
+  return bits ^ ((bits >> (8 * sizeof(Int) - 1)) & std::numeric_limits<Int>::max());
+}
+
 template <class T>
 TC_INLINE T largest(const T* x, int64_t n) {
-  T top[width];
-  for (int k = 0; k < width; ++k) top[k] = -std::numeric_limits<T>::infinity();
-  int64_t i = 0;
-  for (; i + width <= n; i += width) {
-    for (int k = 0; k < width; ++k) top[k] = x[i + k] > top[k] ? x[i + k] : top[k];
+  using Int = typename math::Format<T>::Int;
+  Int most = turned(bit_cast<Int>(-infinity<T>));
+  for (int64_t i = 0; i < n; ++i) {
+    const Int here = turned(bit_cast<Int>(x[i]));
+    most = here > most ? here : most;
   }
-  for (; i < n; ++i) top[i % width] = x[i] > top[i % width] ? x[i] : top[i % width];
-  T most = top[0];
-  for (int k = 1; k < width; ++k) most = top[k] > most ? top[k] : most;
-  return most;
+  return bit_cast<T>(turned(most));
 }
 
 template <class T>
@@ -121,25 +137,22 @@ TC_INLINE int64_t class_of(const Job<T>& job, int64_t sample) {
   return y == r.ignored ? -1 : y >= 0 && y < r.classes ? y : -2;
 }
 
-template <class T>
-TC_INLINE double log_of_sum(double s) {
-  return static_cast<double>(math::log<false>(s));
-}
-
 // ℓ from the sums about the largest logit: (1) of losses/cross_entropy.py.
 template <class T>
 TC_INLINE void finish(
-    const Job<T>& job, int64_t sample, int64_t y, T m, double s, double q, double qx, T at_class) {
+    const Job<T>& job, int64_t sample, int64_t y, T m, T log_s, double q, double qx, T at_class) {
   T* const statistics = static_cast<T*>(job.rows->statistics);
   const int64_t samples = job.rows->samples();
-  const double log_s = log_of_sum<T>(s);
   statistics[sample] = m;
-  statistics[samples + sample] = static_cast<T>(log_s);
+  statistics[samples + sample] = log_s;
   if (job.rows->probabilities) statistics[2 * samples + sample] = static_cast<T>(q);
   double loss = 0;
   if (y >= 0 || job.rows->probabilities) {
-    if (job.smooth != Smooth::none) loss += log_s * q - qx;
-    if (y >= 0 && job.hard(y) != T(0)) loss += static_cast<double>(job.hard(y)) * (log_s - (static_cast<double>(at_class) - static_cast<double>(m)));
+    const double log = static_cast<double>(log_s);
+    if (job.smooth != Smooth::none) loss += log * q - qx;
+    if (y >= 0 && job.hard(y) != T(0)) {
+      loss += static_cast<double>(job.hard(y)) * (log - (static_cast<double>(at_class) - static_cast<double>(m)));
+    }
   }
   job.losses[sample] = loss;
 }
@@ -158,22 +171,22 @@ struct Rowwise {
     for (int64_t sample = begin; sample < end; ++sample) {
       const int64_t y = class_of(job, sample), offset = r.at(sample);
       if (y == -2) return job.refused->store(true);
-      T m = -std::numeric_limits<T>::infinity(), from = 0;  // what the sums are about: m, if that is a number
+      T m = -infinity<T>, from = 0;  // what the sums are about: m, if that is a number
       double s = 0, q = job.total, qx = 0;  // qx = Σ q·(x − m)
       double q_so_far = 0;
       for (int64_t at = 0, n; at < r.classes; at += n) {
         n = r.classes - at < chunk ? r.classes - at : chunk;
         const T* const x = widened(logits + offset + at, n, buffer);
         const T top = largest(x, n);
-        if (top > m) {
+        if (!(top <= m)) {
           const double moved = static_cast<double>(from) - static_cast<double>(top);
-          s = s == 0 ? 0 : s * math::exp<Fma>(moved);
+          s = s == 0 ? 0 : s * math::exp_of_negative<Fma>(moved);
           qx += select_times(q_so_far, moved);
           m = top;
         }
-        from = m == -std::numeric_limits<T>::infinity() ? T(0) : m;
+        from = m == -infinity<T> ? T(0) : m;
         TC_INDEPENDENT
-        for (int64_t i = 0; i < n; ++i) power[i] = math::exp<Fma>(x[i] - from);
+        for (int64_t i = 0; i < n; ++i) power[i] = math::exp_of_negative<Fma>(x[i] - from);
         s += sum_of(power, n);
         if (job.smooth == Smooth::none) continue;
         double q_here;
@@ -190,7 +203,7 @@ struct Rowwise {
       }
       if (job.smooth != Smooth::none) q = q_so_far;
       const T at_class = y >= 0 ? static_cast<T>(load(logits[offset + y])) : T(0);
-      finish(job, sample, y, m, s, q, qx, at_class);
+      finish(job, sample, y, m, static_cast<T>(math::log<Fma>(s)), q, qx, at_class);
     }
   }
 
@@ -221,7 +234,7 @@ struct Rowwise {
         if constexpr (std::is_same_v<Stored, T>) out = grads + offset + at;
         const T same = job.smooth == Smooth::same ? share * job.b : T(0);
         TC_INDEPENDENT
-        for (int64_t i = 0; i < n; ++i) out[i] = all * math::exp<Fma>((x[i] - m) - log_s) - same;
+        for (int64_t i = 0; i < n; ++i) out[i] = all * math::exp_of_negative<Fma>((x[i] - m) - log_s) - same;
         if (job.smooth == Smooth::row) {
           fill_q(job, given ? widened(given + offset + at, n, read) : nullptr, at, n, row);
           TC_INDEPENDENT
@@ -234,7 +247,8 @@ struct Rowwise {
   }
 };
 
-// Samples side by side, their classes apart: every number of a row is one of a lane.
+// Class by class, for many samples at a time: where the samples lie side by side and their classes apart, and where rows
+// are short. Every number of a row is one of a lane.
 template <class Stored>
 struct Lanewise {
   using T = computed_t<Stored>;
@@ -242,35 +256,33 @@ struct Lanewise {
   template <bool Fma>
   static TC_INLINE void forward(const Job<T>& job, int64_t begin, int64_t end) {
     const CrossEntropy& r = *job.rows;
-    T buffer[lanes], read[lanes], m[lanes], from[lanes], s[lanes], q[lanes], qx[lanes];
+    T buffer[lanes], row[lanes], m[lanes], from[lanes], s[lanes], q[lanes], qx[lanes], log_s[lanes];
     double sums[3][lanes];
     for (int64_t sample = begin, n; sample < end; sample += n) {
       n = piece(r, sample, end);
       const Stored* const x = reinterpret_cast<const Stored*>(r.logits) + r.at(sample);
       const Stored* const t = r.probabilities ? reinterpret_cast<const Stored*>(r.probabilities) + r.at(sample) : nullptr;
       for (int64_t i = 0; i < n; ++i) {
-        m[i] = -std::numeric_limits<T>::infinity();
+        m[i] = -infinity<T>;
         s[i] = q[i] = qx[i] = T(0);
         sums[0][i] = sums[1][i] = sums[2][i] = 0;
       }
       for (int64_t c = 0; c < r.classes; ++c) {
-        const T* const each = widened(x + c * r.of_class, n, buffer);
+        const T* const each = widened(x + c * r.of_class, n, buffer, r.of_inner);
         TC_INDEPENDENT
         for (int64_t i = 0; i < n; ++i) m[i] = each[i] > m[i] ? each[i] : m[i];
       }
-      for (int64_t i = 0; i < n; ++i) from[i] = m[i] == -std::numeric_limits<T>::infinity() ? T(0) : m[i];
+      for (int64_t i = 0; i < n; ++i) from[i] = m[i] == -infinity<T> ? T(0) : m[i];
       for (int64_t c = 0; c < r.classes; ++c) {
-        const T* const each = widened(x + c * r.of_class, n, buffer);
+        const T* const each = widened(x + c * r.of_class, n, buffer, r.of_inner);
         TC_INDEPENDENT
-        for (int64_t i = 0; i < n; ++i) s[i] += math::exp<Fma>(each[i] - from[i]);
+        for (int64_t i = 0; i < n; ++i) s[i] += math::exp_of_negative<Fma>(each[i] - from[i]);
         if (job.smooth != Smooth::none) {
-          const T* const given = t ? widened(t + c * r.of_class, n, read) : nullptr;
-          const T w = job.weight ? job.weight[c] : T(1);
+          fill(job, t ? t + c * r.of_class : nullptr, c, n, row);
           TC_INDEPENDENT
           for (int64_t i = 0; i < n; ++i) {
-            const T here = w * (given ? job.a * given[i] + job.b : job.b);
-            q[i] += here;
-            qx[i] += select_times(here, each[i] - from[i]);
+            q[i] += row[i];
+            qx[i] += select_times(row[i], each[i] - from[i]);
           }
         }
         if (c % 32 == 31 || c == r.classes - 1) {  // long sums in double
@@ -282,11 +294,14 @@ struct Lanewise {
           }
         }
       }
+      for (int64_t i = 0; i < n; ++i) s[i] = static_cast<T>(sums[0][i]);
+      TC_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) log_s[i] = math::log<Fma>(s[i]);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t y = class_of(job, sample + i);
         if (y == -2) return job.refused->store(true);
-        const T at_class = y >= 0 ? static_cast<T>(load(x[y * r.of_class + i])) : T(0);
-        finish(job, sample + i, y, m[i], sums[0][i], sums[1][i], sums[2][i], at_class);
+        const T at_class = y >= 0 ? static_cast<T>(load(x[y * r.of_class + i * r.of_inner])) : T(0);
+        finish(job, sample + i, y, m[i], log_s[i], sums[1][i], sums[2][i], at_class);
       }
     }
   }
@@ -296,47 +311,60 @@ struct Lanewise {
     const CrossEntropy& r = *job.rows;
     const T* const statistics = static_cast<const T*>(r.statistics);
     const int64_t samples = r.samples();
-    T buffer[lanes], read[lanes], share[lanes], hard[lanes], all[lanes], result[lanes];
-    int64_t y[lanes];
+    T buffer[lanes], row[lanes], share[lanes], hard[lanes], all[lanes], result[lanes];
+    T target[lanes];  // as numbers of the same width as all others; −1: the sample is ignored
     for (int64_t sample = begin, n; sample < end; sample += n) {
       n = piece(r, sample, end);
       const Stored* const x = reinterpret_cast<const Stored*>(r.logits) + r.at(sample);
       const Stored* const t = r.probabilities ? reinterpret_cast<const Stored*>(r.probabilities) + r.at(sample) : nullptr;
       Stored* const grads = reinterpret_cast<Stored*>(job.grad) + r.at(sample);
       const T *const m = statistics + sample, *const log_s = m + samples;
-      bool some_ignored = false;
       for (int64_t i = 0; i < n; ++i) {
-        y[i] = class_of(job, sample + i);
-        const bool counts = y[i] >= 0 || t;
-        some_ignored |= !counts;
-        share[i] = !counts ? T(0) : job.share ? job.share[sample + i] : job.scale;
-        hard[i] = y[i] >= 0 ? job.hard(y[i]) : T(0);
+        const int64_t y = class_of(job, sample + i);
+        share[i] = job.share ? job.share[sample + i] : job.scale;
+        hard[i] = y >= 0 ? job.hard(y) : T(0);
         all[i] = share[i] * (hard[i] + (t ? m[2 * samples + i] : static_cast<T>(job.total)));
         hard[i] *= share[i];
+        target[i] = t ? static_cast<T>(r.classes) : static_cast<T>(y);
       }
+      const bool direct = std::is_same_v<Stored, T> && r.of_inner == 1;
       for (int64_t c = 0; c < r.classes; ++c) {
-        const T* const each = widened(x + c * r.of_class, n, buffer);
-        const T* const given = t ? widened(t + c * r.of_class, n, read) : nullptr;
-        const T w = job.smooth == Smooth::none ? T(0) : job.weight ? job.weight[c] : T(1);
-        T* out = result;
-        if constexpr (std::is_same_v<Stored, T>) out = grads + c * r.of_class;
+        const T* const each = widened(x + c * r.of_class, n, buffer, r.of_inner);
+        T* const out = direct ? reinterpret_cast<T*>(grads + c * r.of_class) : result;
+        const T here = static_cast<T>(c);
         TC_INDEPENDENT
         for (int64_t i = 0; i < n; ++i) {
-          const T here = w * (given ? job.a * given[i] + job.b : job.b);
-          const T slope = all[i] * math::exp<Fma>((each[i] - m[i]) - log_s[i]) - select_times(here, share[i]);
-          out[i] = slope - (y[i] == c ? hard[i] : T(0));
+          const T slope = all[i] * math::exp_of_negative<Fma>((each[i] - m[i]) - log_s[i]);
+          const T less = target[i] == here ? hard[i] : T(0);
+          out[i] = target[i] < T(0) ? T(0) : slope - less;  // also where an ignored sample's logits are infinite or NaN
         }
-        if (some_ignored) {  // also where its logits are infinite or NaN
-          for (int64_t i = 0; i < n; ++i) out[i] = y[i] < 0 && !t ? T(0) : out[i];
+        if (job.smooth != Smooth::none) {
+          fill(job, t ? t + c * r.of_class : nullptr, c, n, row);
+          TC_INDEPENDENT
+          for (int64_t i = 0; i < n; ++i) {
+            const T less = select_times(row[i], share[i]);
+            out[i] = target[i] < T(0) ? T(0) : out[i] - less;
+          }
         }
-        if constexpr (!std::is_same_v<Stored, T>) narrowed(result, n, grads + c * r.of_class);
+        if (!direct) narrowed(result, n, grads + c * r.of_class, r.of_inner);
       }
     }
   }
 
+  // q of class c, for n samples.
+  static TC_INLINE void fill(const Job<T>& job, const Stored* t, int64_t c, int64_t n, T* q) {
+    const T w = job.weight ? job.weight[c] : T(1);
+    if (!t) {
+      for (int64_t i = 0; i < n; ++i) q[i] = w * job.b;
+      return;
+    }
+    const T* const given = widened(t, n, q, job.rows->of_inner);
+    for (int64_t i = 0; i < n; ++i) q[i] = w * (job.a * given[i] + job.b);
+  }
+
   static TC_INLINE int64_t piece(const CrossEntropy& r, int64_t sample, int64_t end) {
     const int64_t left = r.inner - sample % r.inner;  // samples of other outer positions lie elsewhere
-    int64_t n = end - sample < lanes ? end - sample : lanes;
+    const int64_t n = end - sample < lanes ? end - sample : lanes;
     return n < left ? n : left;
   }
 };
@@ -379,7 +407,7 @@ void over_threads(const typename K::Item& job) {
       &context);
 }
 
-bool is_rowwise(const CrossEntropy& r) { return r.of_class == 1 || r.classes == 1; }
+bool is_rowwise(const CrossEntropy& r) { return r.of_class == 1 && r.classes > shortest; }
 
 template <class Stored>
 bool forward(const CrossEntropy& rows, double* losses) {

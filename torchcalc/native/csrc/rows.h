@@ -1,8 +1,8 @@
 // Cross-entropy of rows of logits: one pass over them forward, one backward, and between the two what losses/cross_entropy.py
 // calls the log-sum-exp, in two numbers for each row: the softmax itself is never stored.
 //
-// The logits are (outer, classes, inner), as they lie: rows side by side (inner strides of any kind), or classes apart and
-// samples side by side, as (N, C, *) is by default.
+// The logits are (outer, classes, inner), as they lie: the classes of a sample side by side, or the samples of a class, as
+// those of (N, C, *) are by default.
 #pragma once
 
 #include <cstdint>

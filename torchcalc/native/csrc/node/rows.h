@@ -48,7 +48,7 @@ bool lay_out(const Tensor& x, CrossEntropy& rows) {
     }
     rows.inner *= x.size(d);
   }
-  if (rows.inner == 1 && rows.of_class != 1) {  // classes apart: the samples may be what is side by side
+  if (rows.inner == 1) {  // the samples of a batch, then, are what is one after the other
     std::swap(rows.inner, rows.outer);
     std::swap(rows.of_inner, rows.of_outer);
   }

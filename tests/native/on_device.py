@@ -1,0 +1,126 @@
+"""Row kernels, against torch in float64: on a GPU (`make test-cuda`), or in Triton's interpreter, where
+test_row_kernels.py runs them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.interpreter import mend
+from torchcalc.losses.cross_entropy import _launched
+from torchcalc.native import gpu
+
+if gpu.INTERPRETED:
+    mend()
+DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        yield
+
+
+def launched(
+    x: Tensor, t: Tensor, weight: Tensor | None = None, reduction: str = "mean", smoothing: float = 0.0
+) -> Tensor:
+    loss = _launched(x, t, weight, -100, reduction, smoothing)
+    assert loss is not None and type(loss.grad_fn).__name__ == "LaunchedBackward"
+    return loss
+
+
+def value_and_gradient(f, x: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.detach().requires_grad_()
+    loss = f(leaf)
+    incoming = torch.linspace(0.5, 2, loss.numel(), dtype=torch.float64).view(loss.shape)
+    (gradient,) = torch.autograd.grad(loss, leaf, incoming.to(loss.dtype))
+    return loss.detach(), gradient
+
+
+#: (rows, classes): less than a block, more than one, even rows and others; the last are rows of a wider table.
+SHAPES = [(1, 1), (5, 10), (3, 64), (4, 4097), (2, 8192), (1030, 3), (6, 32)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_torch_in_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows, classes = shape
+    x = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype)
+    if shape == SHAPES[-1]:
+        x = torch.cat([x, x], 1)[:, :classes]
+    t = torch.randint(classes, (rows,))
+    t[1::3] = -100
+    eps = torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 8)
+    for reduction, smoothing, weighted in itertools.product(("none", "mean", "sum"), (0.0, 0.2), (False, True)):
+        if rows > 1000 and (reduction == "none" or smoothing):
+            continue
+        w = torch.linspace(0.1, 1, classes).to(dtype) if weighted else None
+        mine = value_and_gradient(lambda x, r=reduction, s=smoothing, w=w: launched(x, t, w, r, s), x)
+        options = dict(reduction=reduction, label_smoothing=smoothing, weight=None if w is None else w.double())
+        right = value_and_gradient(lambda x, o=options: F.cross_entropy(x, t, **o), x.double())
+        for a, b in zip(mine, right, strict=True):
+            assert a.dtype == dtype
+            assert torch.allclose(a.double(), b, rtol=eps, atol=eps), options
+
+
+def test_all_ignored_is_zero() -> None:
+    loss, gradient = value_and_gradient(lambda x: launched(x, torch.full((4,), -100)), torch.randn(4, 3))
+    assert loss == 0 and not gradient.any()
+
+
+def test_an_ignored_row_contributes_nothing_whatever_it_is() -> None:
+    t = torch.tensor([-100, 1])
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        x = torch.tensor([[bad, 1.0, 2.0], [0.0, 1.0, 2.0]])
+        for smoothing in (0.0, 0.1):
+            loss, gradient = value_and_gradient(lambda x, s=smoothing: launched(x, t, smoothing=s), x)
+            assert torch.allclose(loss, F.cross_entropy(x[1:], t[1:], label_smoothing=smoothing))
+            assert not gradient[0].any() and gradient.isfinite().all()
+
+
+def test_infinities_and_what_is_far_from_zero() -> None:
+    inf = torch.inf
+    one = lambda row, y, **o: value_and_gradient(lambda x: launched(x, torch.tensor([y]), **o), torch.tensor([row]))  # noqa: E731
+    assert torch.allclose(one([-inf, 0.0, 1.0], 2)[0], torch.tensor(math.log(1 + math.exp(-1))))
+    assert one([-inf, 0.0, 1.0], 0)[0] == inf
+    assert one([-inf, 0.0, 1.0], 2, smoothing=0.1)[0] == inf
+    assert one([-inf, 0.0, 1.0], 2, smoothing=0.1, weight=torch.tensor([0.0, 1.0, 1.0]))[0].isfinite()
+    assert one([-inf, -inf, -inf], 2)[0].isnan()
+    assert one([0.0, torch.nan, 1.0], 2)[0].isnan()
+    for offset in (-300.0, 1e4):
+        row = [offset, offset + 1, offset + 3]
+        (mine, g), (shifted, h) = one(row, 0), one([0.0, 1.0, 3.0], 0)
+        assert torch.allclose(mine, shifted) and torch.allclose(g, h)
+
+
+def test_a_target_that_is_no_class_makes_the_loss_nan() -> None:
+    for bad in (3, -1):
+        assert launched(torch.randn(2, 3).requires_grad_(), torch.tensor([0, bad])).isnan()
+
+
+def test_gradients_have_derivatives() -> None:
+    x, t = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 4, -100, 2])
+    results = []
+    for f in (launched, F.cross_entropy):
+        leaf = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(f(leaf, t), leaf, create_graph=True)
+        results.append(torch.autograd.grad((g * x.sin()).sum(), leaf))
+    torch.testing.assert_close(*results)
+
+
+def test_batches_of_gradients() -> None:
+    x, t = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 4, -100, 2])
+    incoming = torch.eye(4)
+    results = [
+        torch.autograd.grad(f(x, t, reduction="none"), x, incoming, is_grads_batched=True)
+        for f in (launched, F.cross_entropy)
+    ]
+    torch.testing.assert_close(*results)
