@@ -183,7 +183,7 @@ def _sum(dtype: torch.dtype) -> gpu.Kernel:
         n += tl.sum(tl.where(share >= 0.0, share, 0.0))
         counted += tl.sum((share >= 0.0).to(tl.int32))
     n = tl.where((mean == 0) | (counted == 0), 1.0, n)
-    tl.store(out, (total / n).to({TYPES[element]}))
+    tl.store(out, (total / n).to(T).to({TYPES[element]}))
     tl.store(inverse, (1.0 / n).to(T))
 """
     return _kernel("cross_entropy_sum", arguments, text, type_, TOGETHER, 0)
