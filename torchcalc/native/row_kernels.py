@@ -76,13 +76,14 @@ def cross_entropy_gradient(
     ignored: int,
     reduction: str,
     smoothing: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """∂L/∂x, times what comes in, which has the loss's shape and dtype."""
+    """∂L/∂x, times what comes in, which has the loss's shape. out: where to, x itself too; contiguous."""
     rows, classes = x.shape
-    grad = torch.empty((rows, classes), dtype=x.dtype, device=x.device)
+    grad = torch.empty((rows, classes), dtype=x.dtype, device=x.device) if out is None else out
     block, *_ = kind = _kind(x, w, smoothing)
     kernel = _backward(*kind, reduction == "none")
-    tensors = [x, grad, target, *([] if w is None else [w]), *kept, g.contiguous()]
+    tensors = [x, grad, target, *([] if w is None else [w]), *kept, g.to(kept.inverse.dtype).contiguous()]
     kernel.launch(x.device, rows * -(-classes // block), tensors, _numbers(x, ignored, smoothing))
     return grad
 
@@ -194,7 +195,7 @@ def _backward(block: int, dtype: torch.dtype, even: bool, weighted: bool, smooth
     type_, element = compute_type([dtype]), ELEMENTS[dtype]
     arguments = {"x": f"*{element}", "grad": f"*{element}", "target": "*i64"}
     arguments |= ({"weight": f"*{element}"} if weighted else {}) | {"statistics": f"*{type_}", "inverse": f"*{type_}"}
-    arguments |= {"g": f"*{element}"}
+    arguments |= {"g": f"*{type_}"}
     arguments |= NUMBERS | {"hard": type_, "smooth": type_}
     text = f"""{EVEN if even else ""}
     blocks = (classes + BLOCK - 1) // BLOCK

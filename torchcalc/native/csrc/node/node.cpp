@@ -565,6 +565,30 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// cross_entropy_in_place(logits, target, weight or None, ignore_index, label_smoothing, share or None) -> losses
+PyObject* py_cross_entropy_in_place(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::SmallVector<Tensor, max_inputs> x, weight, share;
+  if (count != 6 || is_observed() || !read_inputs(args, 1, x) || !THPVariable_CheckExact(args[1]) ||
+      !(args[2] == Py_None || read_inputs(args + 2, 1, weight)) || !(args[5] == Py_None || read_inputs(args + 5, 1, share))) {
+    Py_RETURN_NONE;
+  }
+  const Tensor& target = THPVariable_Unpack(args[1]);
+  Ways ways;
+  ways.ignored = PyLong_AsLongLong(args[3]);
+  ways.reduction = none;
+  ways.smoothing = PyFloat_AsDouble(args[4]);
+  if (PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> losses;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    losses = cross_entropy_in_place(
+        x[0], target, weight.empty() ? Tensor() : weight[0], ways, share.empty() ? std::nullopt : std::optional<Tensor>(share[0]));
+  }
+  return wrapped(std::move(losses));
+  END_HANDLE_TH_ERRORS
+}
+
 // softmax(input, dim, log)
 PyObject* py_softmax(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -644,6 +668,7 @@ PyMethodDef methods[] = {
     {"elementwise", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_elementwise)), METH_FASTCALL, nullptr},
     {"reduced", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_reduced)), METH_FASTCALL, nullptr},
     {"cross_entropy", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_cross_entropy)), METH_FASTCALL, nullptr},
+    {"cross_entropy_in_place", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_cross_entropy_in_place)), METH_FASTCALL, nullptr},
     {"softmax", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_softmax)), METH_FASTCALL, nullptr},
     {"saved", py_saved, METH_O, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},

@@ -212,6 +212,27 @@ std::optional<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const
   return out;
 }
 
+// For a chunk of rows whose logits nobody else sees: the losses, in the dtype that is computed in; and if there is a share,
+// one number or one for each row, the gradient times that, in the logits' place.
+std::optional<Tensor> cross_entropy_in_place(
+    const Tensor& x, const Tensor& target, const Tensor& weight, const Ways& ways, const std::optional<Tensor>& share) {
+  if (x.dim() != 2 || !x.is_contiguous() || !takes(x, target, weight, ways)) return std::nullopt;
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Arrays arrays(x, target, weight, ways);
+  const at::ScalarType type = computed(x.scalar_type());
+  Tensor statistics = at::detail::empty_cpu({3, x.size(0)}, type);
+  Tensor losses = at::detail::empty_cpu({x.size(0)}, at::kDouble);
+  arrays.rows.statistics = statistics.mutable_data_ptr();
+  if (!table->rows->cross_entropy(arrays.rows, losses.mutable_data_ptr<double>())) return std::nullopt;
+  if (share) {
+    const Tensor each = share->to(type).contiguous();
+    const bool one = each.dim() == 0;
+    table->rows->cross_entropy_backward(
+        arrays.rows, one ? nullptr : each.const_data_ptr(), one ? each.item<double>() : 0, static_cast<char*>(x.mutable_data_ptr()));
+  }
+  return losses.to(type);
+}
+
 struct SoftmaxBackward : public KernelNode {
   SavedVariable saved_y;
   int64_t dim = 0;
