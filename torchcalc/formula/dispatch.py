@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
+from torchcalc import native
 from torchcalc.formula import launched
 from torchcalc.native import gpu
 from torchcalc.native import pointwise as kernels
@@ -23,13 +24,15 @@ from torchcalc.native import pointwise as kernels
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["elementwise", "reduced"]
+__all__ = ["elementwise", "is_built", "reduced"]
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The reference, with the ways around it."""
+    n = len(formula.inputs)
+    built = is_built(formula)
     place: int | None = None
     compute: Any = None
     launch: Any = None
@@ -46,7 +49,11 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
         if y is None and isinstance(args[0], Tensor) and (args[0].is_cuda or gpu.INTERPRETED):
             launch = launch or launched.elementwise(formula)
             y = launch(*args)
-        return reference(*args) if y is None else y
+        if y is not None:
+            return y
+        if compute is None and built:
+            native.warn_once(args[:n], nodes=True)
+        return reference(*args)
 
     return apply
 
@@ -54,6 +61,7 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
 def reduced(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Likewise of a loss: (*inputs, weight, reduction, by_weight, *parameters)."""
     n = len(formula.inputs)
+    built = is_built(formula)
     launch: Any = None
     is_compiling = torch.compiler.is_compiling
 
@@ -70,9 +78,18 @@ def reduced(formula: Formula, reference: Callable[..., Tensor]) -> Callable[...,
         if y is None and how != 0 and (args[0].is_cuda or gpu.INTERPRETED):
             launch = launch or launched.reduced(formula)
             y = by_launch(launch, how == 1, args[n + 2], *inputs, numbers=args[n + 3 :])
-        return reference(*args) if y is None else y
+        if y is not None:
+            return y
+        if place < 0 and built:
+            native.warn_once(args[:n], nodes=True)
+        return reference(*args)
 
     return apply
+
+
+def is_built(formula: Formula) -> bool:
+    """Whether `python -m torchcalc build` makes CPU kernels of it: it makes those of our own formulas."""
+    return formula.value.__module__.startswith("torchcalc.")
 
 
 def by_launch(

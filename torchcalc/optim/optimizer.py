@@ -15,8 +15,9 @@ Which way a step goes, group by group:
 default and fused on CUDA              one launch for all tensors (:mod:`torchcalc.optim.cuda`); without Triton, or for
                                        tensors that it does not take, as with foreach=True
 ``differentiable=True``                tensor by tensor, out of place, recorded by autograd
-default and fused on CPU               the rule's kernel over all tensors at once (:mod:`torchcalc.optim.kernel`); without
-                                       one, or for tensors that it does not take, tensor by tensor
+default and fused on CPU               the rule's kernel over all tensors at once (:mod:`torchcalc.optim.kernel`); where no
+                                       kernels are built torch's fused operation, if there is one and it is right
+                                       (:mod:`torchcalc.optim.fused`); for what these do not take, tensor by tensor
 =====================================  =================================================================================
 
 bfloat16 and float16 are computed in float32 and rounded once, whichever way a step goes (but for sparse gradients).
@@ -35,7 +36,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from torchcalc.optim import cuda, kernel
+from torchcalc import native
+from torchcalc.optim import cuda, fused, kernel
 from torchcalc.optim.arguments import WHOLE
 from torchcalc.optim.checkpoint import load_state_dict, state_dtype
 from torchcalc.optim.checks import check_numbers, warn_of_misspelling
@@ -106,6 +108,9 @@ class Optimizer(torch.optim.Optimizer):
     variants: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     #: A kernel written by hand instead: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
     native: Callable[..., int] | None = None
+    #: torch's operation, where kernels are not built: torch_fused(params, grads, slots, steps, group, first); see
+    #: :mod:`torchcalc.optim.fused`.
+    torch_fused: Callable[..., None] | None = None
 
     #: Options that are the whole optimizer's, and no group's: attributes of the constructor's names.
     whole: ClassVar[tuple[str, ...]] = WHOLE
@@ -363,7 +368,7 @@ class Optimizer(torch.optim.Optimizer):
             check_numbers(index, {**hyper, **{key: group[key] for key in self.numbers}} if self.numbers else hyper)
         if not is_wanted(group) or (self.native is None and not kernel.may_have_kernel(self, group)):
             entries = self._entries(group, params)
-            return lambda scaling: self._step_group(group, entries, scaling)
+            return lambda scaling: self._step_group(group, self._step_fused(group, entries, scaling), scaling)
 
         key = index, pattern
         plan, made, first = self._plans.get(key), None, []
@@ -427,6 +432,10 @@ class Optimizer(torch.optim.Optimizer):
                     state[key] = state[key].to(dtype)  # the parameter's dtype was changed
             entries.append(Entry(p, g, [state[key] for key in keys], state, first=bool(missing)))
         return entries
+
+    def _step_fused(self, group: dict[str, Any], entries: list[Entry], scaling: Scaling) -> list[Entry]:
+        """By torch's own operation where there are no kernels; the entries that are left."""
+        return entries if native.available() else fused.step(self, group, entries, scaling)
 
     def _step_group(
         self,
