@@ -9,8 +9,9 @@ Jacobian-vector product. :meth:`Function.apply` then picks the form that fits th
 - ``torch.func`` (grad, vmap, jvp, hessian, ...) and forward-mode AD: the ``setup_context`` form with a generated vmap
   rule and the jvp, the only one that composes.
 - ``torch.compile`` and ``export``: Dynamo puts the whole call into its graph, and AOTAutograd traces through it, so the
-  two forms above serve there too. Left to itself Dynamo refuses a Function with a jvp, and under compile and
-  ``torch.func`` together it drops a custom backward without a word.
+  two forms above serve there too. Constants that the definition reads from elsewhere are guarded; where it reads
+  anything else that may change, or leaves torch, the graph breaks (:mod:`torchcalc._dynamo`). Left to itself Dynamo
+  refuses a Function with a jvp, and under compile and ``torch.func`` together it drops a custom backward without a word.
 - ``torch.autocast``: by the policy ``autocast`` of the subclass.
 
 What cannot be right raises: a backward (or jvp) that returns None for a derivative somebody waits for, a backward under
@@ -19,11 +20,13 @@ What cannot be right raises: a backward (or jvp) that returns None for a derivat
 
 import functools
 import inspect
-import sys
+import itertools
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -174,24 +177,43 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
                 return _composed(composable, args) if composes else eager.apply(*args)
         return _composed(composable, args) if composes else eager.apply(*args)
 
+    place = next(_places)
+    readers: list[Callable[[], Any]] = []
+    traced = [call]
+
     def apply(*args: Any) -> Any:
         if torch.compiler.is_compiling():
-            import torchcalc._dynamo  # noqa: F401  Dynamo runs this import while it traces: see there
+            from torchcalc._dynamo import admit  # Dynamo runs this import while it traces: see there
+
+            for value, read in zip(admit("place"), readers, strict=True):
+                if read() != value:  # never: Dynamo guards what it compares
+                    raise AssertionError
+            return traced[0](*args)
         return call(*args)
 
     # Dynamo tells closures apart by their code alone: with one code object for all, what it compiled for one Function
     # would serve the others, without a word. replace() makes another.
     for function in (call, apply):
         function.__name__ = function.__qualname__ = f"{cls.__name__}_apply"
-        function.__code__ = function.__code__.replace(co_name=function.__name__)
-    if "torchcalc._dynamo" in sys.modules:
-        torch.compiler.allow_in_graph(call)
-    else:
-        _not_yet_in_graph.append(call)
+        code = function.__code__
+        constants = tuple(place if c == "place" else c for c in code.co_consts)  # what Dynamo takes for one at once
+        function.__code__ = code.replace(co_name=function.__name__, co_consts=constants)
+    functions[place] = apply.known = Known(cls, readers, traced)  # type: ignore[attr-defined]
     return apply
 
 
-_not_yet_in_graph: list[Callable[..., Any]] = []  # for torchcalc._dynamo; importing Dynamo takes a second
+@dataclass
+class Known:
+    """A Function, for torchcalc._dynamo."""
+
+    cls: type[Function]
+    readers: list[Callable[[], Any]]  # of the constants that it reads from elsewhere
+    traced: list[Callable[..., Any]]  # one: what Dynamo calls
+    admitted: bool = False
+
+
+functions: WeakValueDictionary[int, Known] = WeakValueDictionary()
+_places = itertools.count()
 
 
 def _make_forms(cls: type[Function], tells: bool) -> tuple[Any, Any]:
