@@ -39,6 +39,9 @@ from torch._C._functorch import (
     maybe_get_level,
 )
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
+
+from torchcalc.tracing import tracer_of
 
 __all__ = ["Function"]
 
@@ -159,6 +162,8 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
     eager, composable = _make_forms(cls, tells)
 
     def call(*args: Any) -> Any:
+        if _symbolic_trace._is_fx_tracing_flag and (tracer := tracer_of(args)) is not None:
+            return tracer.create_proxy("call_function", apply, args, {})
         for i, a in enumerate(args):
             if isinstance(a, _CONTAINERS) and _holds_tensor(a):
                 raise TypeError(
@@ -198,6 +203,7 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
         code = function.__code__
         constants = tuple(place if c == "place" else c for c in code.co_consts)  # what Dynamo takes for one at once
         function.__code__ = code.replace(co_name=function.__name__, co_consts=constants)
+    apply.__module__, apply.__qualname__ = cls.__module__, f"{cls.__qualname__}.apply"  # so that it can be pickled
     functions[place] = apply.known = Known(cls, readers, traced)  # type: ignore[attr-defined]
     return apply
 

@@ -9,17 +9,20 @@ differentiated again comes back to Python, to :func:`torchcalc.formula.pointwise
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
+from torch.fx import _symbolic_trace
 
 from torchcalc import native
 from torchcalc.formula import launched
 from torchcalc.native import gpu
 from torchcalc.native import pointwise as kernels
+from torchcalc.tracing import tracer_of
 
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
@@ -53,6 +56,11 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
             return y
         if compute is None and built:
             native.warn_once(args[:n], nodes=True)
+        if _symbolic_trace._is_fx_tracing_flag and (tracer := tracer_of(args)) is not None:
+            apply.__module__ = formula.value.__module__
+            apply.__name__ = apply.__qualname__ = name_of(apply, apply.__module__)
+            node: Any = tracer.create_proxy("call_function", apply, args, {})  # not the reference, which is slower
+            return node
         return reference(*args)
 
     return apply
@@ -85,6 +93,12 @@ def reduced(formula: Formula, reference: Callable[..., Tensor]) -> Callable[...,
         return reference(*args)
 
     return apply
+
+
+def name_of(value: Any, module: str) -> str:
+    """Its name in its module, under which what torch.fx has traced can be pickled."""
+    names = (name for name, found in vars(sys.modules[module]).items() if found is value)
+    return next(names, value.__name__)
 
 
 def is_built(formula: Formula) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from torchcalc.autograd import Function
 from torchcalc.promotion import unbroadcast
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["Linear", "linear"]
 
@@ -63,6 +64,7 @@ class LinearFunction(Function):
         return dy if db is None else dy + db
 
 
+@leaf
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The affine map input·weightᵀ + bias, as ``torch.nn.functional.linear``.
 
@@ -88,7 +90,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return LinearFunction.apply(input, weight, bias)
 
 
-class Linear(nn.Linear):
+class Linear(NotScripted, nn.Linear):
     """Module of :func:`linear`: parameters, initialisation and ``state_dict`` of ``torch.nn.Linear``.
 
     >>> Linear(2, 3)
