@@ -31,6 +31,7 @@ from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 
 from torchcalc.autograd import Function
 from torchcalc.promotion import autocasts_to_float32, like, widen
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["LogSoftmax", "Softmax", "log_softmax", "softmax"]
 
@@ -86,6 +87,7 @@ class LogSoftmaxFunction(Function):
         return like(t - (y * t).sum(ctx.dim, keepdim=True), z)  # (4)
 
 
+@leaf
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """exp(input) / sum of exp(input) along ``dim``, as ``torch.nn.functional.softmax``.
 
@@ -106,12 +108,13 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     tensor([0.5000, 0.5000, 0.0000])
     """
     if dim is None:
-        dim = _get_softmax_dim("softmax", input.dim(), _stacklevel)
+        dim = _get_softmax_dim("softmax", input.dim(), _stacklevel + 1)
     if dtype is None and autocasts_to_float32(input):
         dtype = torch.float32
     return SoftmaxFunction.apply(input, dim, dtype)
 
 
+@leaf
 def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -134,13 +137,13 @@ def log_softmax(
     tensor([    0., -1000.])
     """
     if dim is None:
-        dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+        dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel + 1)
     if dtype is None and autocasts_to_float32(input):
         dtype = torch.float32
     return LogSoftmaxFunction.apply(input, dim, dtype)
 
 
-class Softmax(nn.Softmax):
+class Softmax(NotScripted, nn.Softmax):
     """Module of :func:`softmax`, as ``torch.nn.Softmax``.
 
     >>> Softmax(dim=-1)(torch.zeros(4))
@@ -152,7 +155,7 @@ class Softmax(nn.Softmax):
         return softmax(input, self.dim, _stacklevel=6)  # above Module.__call__
 
 
-class LogSoftmax(nn.LogSoftmax):
+class LogSoftmax(NotScripted, nn.LogSoftmax):
     """Module of :func:`log_softmax`, as ``torch.nn.LogSoftmax``.
 
     >>> LogSoftmax(dim=-1)(torch.zeros(4))

@@ -45,6 +45,7 @@ from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torchcalc.autograd import Function
 from torchcalc.losses.reduction import resolve
 from torchcalc.promotion import like, unbroadcast, widen
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -232,6 +233,7 @@ def _result_dtype(x: Tensor, target: Tensor, w: Tensor | None) -> torch.dtype:
     return fold(torch.promote_types, (a.dtype for a in (x, target, w) if a is not None))
 
 
+@leaf
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -285,7 +287,7 @@ def cross_entropy(
     return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, max(label_smoothing, 0.0))
 
 
-class CrossEntropyLoss(nn.CrossEntropyLoss):
+class CrossEntropyLoss(NotScripted, nn.CrossEntropyLoss):
     """Module of :func:`cross_entropy`, as ``torch.nn.CrossEntropyLoss``.
 
     >>> CrossEntropyLoss()(torch.zeros(2, 4), torch.tensor([0, 3]))
