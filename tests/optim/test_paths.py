@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -221,3 +222,33 @@ def test_a_module_may_swap_its_parameters_after_a_step(case: Case) -> None:
         o.step()
     same(list(model.parameters()), list(other.parameters()))
     assert model.weight.dtype == torch.float64
+
+
+@each()
+def test_a_module_may_swap_its_parameters_where_that_is_wanted_after_a_step(case: Case, request: Any) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = build(case.cls, model.parameters(), case.configs[0])
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    request.getfixturevalue("swapping")
+    optimizer.zero_grad()
+    model.to(torch.float64)
+    model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert model.weight.dtype == torch.float64
+
+
+@each()
+def test_a_group_that_was_removed_is_not_held(case: Case) -> None:
+    params = parameters(shapes=((3,), (4,)))
+    optimizer = build(case.cls, [{"params": [p]} for p in params], case.configs[0])
+    set_gradients(params, [torch.ones(3), torch.ones(4)])
+    optimizer.step()
+    state = list(optimizer.state.get(params[1], {}).values())
+    gone = [weakref.ref(t) for t in (params[1], *state) if isinstance(t, Tensor)]
+    optimizer.state.pop(params[1], None)
+    del optimizer.param_groups[1], params[1], state
+    optimizer.zero_grad()
+    assert [r() for r in gone] == [None] * len(gone)
+    set_gradients(params, [torch.ones(3)])
+    optimizer.step()

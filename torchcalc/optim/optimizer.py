@@ -76,6 +76,9 @@ def without_dynamo(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+_zero_grad = without_dynamo(torch.optim.Optimizer.zero_grad)
+
+
 class Entry(NamedTuple):
     """One parameter that has a gradient."""
 
@@ -212,7 +215,18 @@ class Optimizer(torch.optim.Optimizer):
                 param_group["lr"] = lr.clone()
         without_dynamo(torch.optim.Optimizer.add_param_group)(self, param_group)
 
-    zero_grad = without_dynamo(torch.optim.Optimizer.zero_grad)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. Here the optimizer lets go of what its owner may want back before the next step.
+
+        A bound step holds its parameters: those of a group that is gone would stay in memory, and ``module.to()`` could not
+        swap them.
+        """
+        if self._plans and (
+            len(self.param_groups) != self._planned_groups or torch.__future__.get_swap_module_params_on_conversion()
+        ):
+            self._forget_plans()
+        _zero_grad(self, set_to_none)
+
     state_dict = without_dynamo(torch.optim.Optimizer.state_dict)
 
     def _forget(self) -> None:
@@ -220,6 +234,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plans: dict[tuple[int, bytes], Plan] = {}  # by group, and by which of its parameters have a gradient
         self._states: list[dict[str, Any]] = []  # each parameter's state: the very dicts that the plans read
         self._new_plans = False
+        self._planned_groups = 0
         self._memory = cuda.Memory(getattr(self, "_memory", None))
         self._skipped = 0
         self._fresh: dict[Tensor, list[str]] = {}  # keys of state that was made for the step that is under way
@@ -332,11 +347,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         self._plans.clear()
+        self._states = []
         self._memory.plans.clear()
+        self._memory.states = []
 
     def _note_plans(self) -> None:
         if self._new_plans:
             self._new_plans, self._states = False, list(self.state.values())
+            self._planned_groups = len(self.param_groups)
 
     def _scaling(self, grad_scale: Tensor | None) -> Scaling | None:
         """What max_norm, skip_nonfinite and rounding make of this step; None to skip it."""
