@@ -41,6 +41,7 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 
+from torchcalc.casts import cast as cached_cast
 from torchcalc.tracing import tracer_of
 
 __all__ = ["Function"]
@@ -177,7 +178,7 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
             args = (*args, _needs_mask(args, composes))
         if _is_any_autocast_enabled() and policy != "inherit":
             state = _autocast_state(args)
-            args = _cast(policy, args, state)
+            args = _cast(policy, args, state, composes)
             with _autocast_off(state):
                 return _composed(composable, args) if composes else eager.apply(*args)
         return _composed(composable, args) if composes else eager.apply(*args)
@@ -451,7 +452,7 @@ def _autocast_off(state: _State) -> AbstractContextManager[Any]:
     return _autocast([(device_type, False, dtype) for device_type, enabled, dtype in state if enabled])
 
 
-def _cast(policy: Autocast, args: tuple[Any, ...], state: _State) -> tuple[Any, ...]:
+def _cast(policy: Autocast, args: tuple[Any, ...], state: _State, composes: bool) -> tuple[Any, ...]:
     """The inputs in the dtype that torch gives to its own operations; float64 stays, as there."""
     if policy == "off":
         return args
@@ -462,6 +463,7 @@ def _cast(policy: Autocast, args: tuple[Any, ...], state: _State) -> tuple[Any, 
     def cast(a: Any) -> Any:
         if not isinstance(a, Tensor) or not a.is_floating_point() or a.dtype == torch.float64:
             return a
-        return a.to(dtypes.get(a.device.type, a.dtype))
+        to = dtypes.get(a.device.type, a.dtype)
+        return cached_cast(a, to) if policy == "lower_precision" and not composes else a.to(to)
 
     return tuple(map(cast, args))
