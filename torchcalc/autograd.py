@@ -123,8 +123,8 @@ class Function:
         raise NotImplementedError("a torchcalc.autograd.Function needs a static method backward(ctx, *grad_outputs)")
 
     @staticmethod
-    def apply(*args: Any) -> Any:
-        """Call the function on positional arguments; replaced in each subclass by the callable described above."""
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        """Call the function on forward's arguments; replaced in each subclass by the callable described above."""
         raise NotImplementedError("apply is called on a subclass of torchcalc.autograd.Function")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -187,7 +187,12 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
     readers: list[Callable[[], Any]] = []
     traced = [call]
 
-    def apply(*args: Any) -> Any:
+    names = tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD)
+    first_name = arity - len(names)  # those before can be given by position only
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            args = _in_order(cls.__name__, args, kwargs, names, first_name, defaults)
         if torch.compiler.is_compiling():
             from torchcalc._dynamo import admit  # Dynamo runs this import while it traces: see there
 
@@ -207,6 +212,32 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
     apply.__module__, apply.__qualname__ = cls.__module__, f"{cls.__qualname__}.apply"  # so that it can be pickled
     functions[place] = apply.known = Known(cls, readers, traced)  # type: ignore[attr-defined]
     return apply
+
+
+def _in_order(
+    function: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: tuple[str, ...],
+    first: int,
+    defaults: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """The arguments by position, as torch counts them. names are those from place `first` on; of the last there are defaults."""
+    named = dict(zip(names[: max(len(args) - first, 0)], args[first:], strict=False))
+    optional = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)) if defaults else {}
+    for name, value in kwargs.items():
+        if name in named:
+            raise TypeError(f"{function}.apply got two values for argument {name!r}; leave one out")
+        if name not in names:
+            raise TypeError(f"{function}.apply has no argument {name!r}; its forward takes {', '.join(names)}")
+        named[name] = value
+    wanted = names[: max(names.index(name) for name in named) + 1]
+    missing = [name for name in wanted if name not in named and name not in optional]
+    if missing or len(args) < first:
+        raise TypeError(
+            f"{function}.apply lacks {', '.join(missing) or 'arguments that are given by position'}; pass them"
+        )
+    return (*args[:first], *(named[name] if name in named else optional[name] for name in wanted))
 
 
 @dataclass
@@ -370,21 +401,17 @@ def _outputs(cls: type[Function], output: Any) -> tuple[Any, ...]:
 
 def _check_saved(cls: type[Function], ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
     """Refuse what setup_context computed: it is a constant there, so the second derivative would lack its part."""
-    for saved in ctx.to_save or ():
-        for known in outputs:
-            if saved is known:
-                break
-        else:
-            for known in inputs:
-                if saved is known:
-                    break
-            else:
-                if _is_float(saved):
-                    raise ValueError(
-                        f"{cls.__name__}.setup_context saved a tensor of shape {tuple(saved.shape)} that is neither an "
-                        "input nor an output, so that second derivatives would take it for a constant; compute it in "
-                        "backward, or return it from forward as well"
-                    )
+    saved_tensors = ctx.to_save or ()
+    if not saved_tensors:
+        return
+    known = {*map(id, inputs), *map(id, outputs)}
+    for saved in saved_tensors:
+        if id(saved) not in known and _is_float(saved):
+            raise ValueError(
+                f"{cls.__name__}.setup_context saved a tensor of shape {tuple(saved.shape)} that is neither an "
+                "input nor an output, so that second derivatives would take it for a constant; compute it in "
+                "backward, or return it from forward as well"
+            )
 
 
 def _is_float(x: Any) -> bool:
