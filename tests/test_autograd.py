@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import threading
+import timeit
 import weakref
 from functools import partial
 
@@ -25,13 +26,10 @@ def reset():
 
 
 class Scale(Function):
-    """k·x^n·w, with arguments that are not tensors, optional ones, defaults; counts the calls of its methods."""
-
-    calls: list[str] = []  # noqa: RUF012
+    """k·x^n·w, with arguments that are not tensors, optional ones, defaults."""
 
     @staticmethod
     def forward(x, k, n=2, w=None, name="w"):
-        Scale.calls.append("forward")
         return k * x**n if w is None else k * x**n * w
 
     @staticmethod
@@ -41,7 +39,6 @@ class Scale(Function):
 
     @staticmethod
     def backward(ctx, g):
-        Scale.calls.append("backward")
         x, w = ctx.saved_tensors
         u = 1 if w is None else w
         return g * ctx.k * ctx.n * x ** (ctx.n - 1) * u, None, None, None if w is None else g * ctx.k * x**ctx.n, None
@@ -49,7 +46,6 @@ class Scale(Function):
     @staticmethod
     def jvp(ctx, dx, dk, dn, dw, dname):
         assert dk is dn is dname is None
-        Scale.calls.append("jvp")
         x, w = ctx.saved_tensors
         t = ctx.k * ctx.n * x ** (ctx.n - 1) * dx
         return t if w is None else t * w + ctx.k * x**ctx.n * dw
@@ -148,9 +144,25 @@ def test_the_same_tensor_twice():
 
 
 def test_eager_calls_run_each_method_once_and_nothing_else():
-    Scale.calls.clear()
-    Scale.apply(vector(True), 2.0).sum().backward()
-    assert Scale.calls == ["forward", "backward"]
+    calls = []
+
+    class Counted(Scale):
+        @staticmethod
+        def forward(*args):
+            calls.append("forward")
+            return Scale.forward(*args)
+
+        @staticmethod
+        def backward(ctx, g):
+            calls.append("backward")
+            return Scale.backward(ctx, g)
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise AssertionError
+
+    Counted.apply(vector(True), 2.0, 2, None, "w").sum().backward()
+    assert calls == ["forward", "backward"]
 
 
 STRAIGHT = {
@@ -533,3 +545,77 @@ def test_modules_of_functions_compose_with_functional_call():
     layer = Layer()
     g = grad(lambda p: functional_call(layer, p, (vector(),)).sum())({"w": layer.w.detach()})
     assert_close(g["w"], 2 * vector() ** 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((), dict(x=1, k=2.0)),
+        ((), dict(k=2.0, x=1)),
+        ((1,), dict(k=2.0, w=1)),
+        ((1, 2.0), dict(name="v")),
+        ((1, 2.0, 3), dict(w=1, name="v")),
+    ],
+    ids=str,
+)
+def test_arguments_by_name(args, kwargs):
+    def run(f):
+        leaf = vector(True)
+        given = [leaf if a == 1 else a for a in args], {k: leaf if a == 1 else a for k, a in kwargs.items()}
+        return torch.autograd.grad(f(*given[0], **given[1]).sum(), leaf)
+
+    assert_close(run(Scale.apply), run(Scale.forward))
+    assert_close(run(compile(lambda *args, **kwargs: Scale.apply(*args, **kwargs))), run(Scale.forward))
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "text"),
+    [
+        ((1, 2.0), dict(k=3.0), "two values for argument 'k'; leave one out"),
+        ((1,), dict(k=3.0, z=1), "no argument 'z'; its forward takes x, k, n, w, name"),
+        ((1,), dict(n=3), "Scale.apply lacks k; pass"),
+        ((), dict(w=3), "Scale.apply lacks x, k; pass"),
+    ],
+)
+def test_arguments_by_name_that_do_not_fit(args, kwargs, text):
+    with pytest.raises(TypeError, match=text):
+        Scale.apply(*args, **kwargs)
+
+
+def test_arguments_by_name_after_those_by_position_only():
+    class Times(Function):
+        @staticmethod
+        def forward(x, k, /, n=2, m=3):
+            return x * k * n * m
+
+        @staticmethod
+        def backward(ctx, g):
+            return g, None, None, None
+
+    x = vector()
+    assert_close(Times.apply(x, 2.0, m=5), 20 * x)
+    with pytest.raises(TypeError, match="lacks arguments that are given by position"):
+        Times.apply(x, m=5)
+    with pytest.raises(TypeError, match="no argument 'k'"):
+        Times.apply(x, k=5)
+
+
+def test_the_check_of_saved_tensors_is_linear_in_the_arguments():
+    class Many(Function):
+        @staticmethod
+        def forward(*xs):
+            return xs[0].clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*reversed(inputs))
+
+        @staticmethod
+        def backward(ctx, g):
+            return (g, *(None for _ in ctx.saved_tensors[1:]))
+
+    def seconds(n):
+        xs = [torch.zeros(()) for _ in range(n)]
+        return min(timeit.repeat(lambda: Many.apply(*xs), number=1, repeat=5))
+
+    assert seconds(4000) < 25 * seconds(500)  # 64 times if quadratic

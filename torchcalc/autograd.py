@@ -9,8 +9,9 @@ Jacobian-vector product. :meth:`Function.apply` then picks the form that fits th
 - ``torch.func`` (grad, vmap, jvp, hessian, ...) and forward-mode AD: the ``setup_context`` form with a generated vmap
   rule and the jvp, the only one that composes.
 - ``torch.compile`` and ``export``: Dynamo puts the whole call into its graph, and AOTAutograd traces through it, so the
-  two forms above serve there too. Left to itself Dynamo refuses a Function with a jvp, and under compile and
-  ``torch.func`` together it drops a custom backward without a word.
+  two forms above serve there too. Constants that the definition reads from elsewhere are guarded; where it reads
+  anything else that may change, or leaves torch, the graph breaks (:mod:`torchcalc._dynamo`). Left to itself Dynamo
+  refuses a Function with a jvp, and under compile and ``torch.func`` together it drops a custom backward without a word.
 - ``torch.autocast``: by the policy ``autocast`` of the subclass.
 
 What cannot be right raises: a backward (or jvp) that returns None for a derivative somebody waits for, a backward under
@@ -19,11 +20,13 @@ What cannot be right raises: a backward (or jvp) that returns None for a derivat
 
 import functools
 import inspect
-import sys
+import itertools
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -36,6 +39,10 @@ from torch._C._functorch import (
     maybe_get_level,
 )
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
+
+from torchcalc.casts import cast as cached_cast
+from torchcalc.tracing import tracer_of
 
 __all__ = ["Function"]
 
@@ -116,8 +123,8 @@ class Function:
         raise NotImplementedError("a torchcalc.autograd.Function needs a static method backward(ctx, *grad_outputs)")
 
     @staticmethod
-    def apply(*args: Any) -> Any:
-        """Call the function on positional arguments; replaced in each subclass by the callable described above."""
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        """Call the function on forward's arguments; replaced in each subclass by the callable described above."""
         raise NotImplementedError("apply is called on a subclass of torchcalc.autograd.Function")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -156,6 +163,8 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
     eager, composable = _make_forms(cls, tells)
 
     def call(*args: Any) -> Any:
+        if _symbolic_trace._is_fx_tracing_flag and (tracer := tracer_of(args)) is not None:
+            return tracer.create_proxy("call_function", apply, args, {})
         for i, a in enumerate(args):
             if isinstance(a, _CONTAINERS) and _holds_tensor(a):
                 raise TypeError(
@@ -169,29 +178,80 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
             args = (*args, _needs_mask(args, composes))
         if _is_any_autocast_enabled() and policy != "inherit":
             state = _autocast_state(args)
-            args = _cast(policy, args, state)
+            args = _cast(policy, args, state, composes)
             with _autocast_off(state):
                 return _composed(composable, args) if composes else eager.apply(*args)
         return _composed(composable, args) if composes else eager.apply(*args)
 
-    def apply(*args: Any) -> Any:
+    place = next(_places)
+    readers: list[Callable[[], Any]] = []
+    traced = [call]
+
+    names = tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD)
+    first_name = arity - len(names)  # those before can be given by position only
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            args = _in_order(cls.__name__, args, kwargs, names, first_name, defaults)
         if torch.compiler.is_compiling():
-            import torchcalc._dynamo  # noqa: F401  Dynamo runs this import while it traces: see there
+            from torchcalc._dynamo import admit  # Dynamo runs this import while it traces: see there
+
+            for value, read in zip(admit("place"), readers, strict=True):
+                if read() != value:  # never: Dynamo guards what it compares
+                    raise AssertionError
+            return traced[0](*args)
         return call(*args)
 
     # Dynamo tells closures apart by their code alone: with one code object for all, what it compiled for one Function
     # would serve the others, without a word. replace() makes another.
     for function in (call, apply):
         function.__name__ = function.__qualname__ = f"{cls.__name__}_apply"
-        function.__code__ = function.__code__.replace(co_name=function.__name__)
-    if "torchcalc._dynamo" in sys.modules:
-        torch.compiler.allow_in_graph(call)
-    else:
-        _not_yet_in_graph.append(call)
+        code = function.__code__
+        constants = tuple(place if c == "place" else c for c in code.co_consts)  # what Dynamo takes for one at once
+        function.__code__ = code.replace(co_name=function.__name__, co_consts=constants)
+    apply.__module__, apply.__qualname__ = cls.__module__, f"{cls.__qualname__}.apply"  # so that it can be pickled
+    functions[place] = apply.known = Known(cls, readers, traced)  # type: ignore[attr-defined]
     return apply
 
 
-_not_yet_in_graph: list[Callable[..., Any]] = []  # for torchcalc._dynamo; importing Dynamo takes a second
+def _in_order(
+    function: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: tuple[str, ...],
+    first: int,
+    defaults: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """The arguments by position, as torch counts them. names are those from place `first` on; of the last there are defaults."""
+    named = dict(zip(names[: max(len(args) - first, 0)], args[first:], strict=False))
+    optional = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)) if defaults else {}
+    for name, value in kwargs.items():
+        if name in named:
+            raise TypeError(f"{function}.apply got two values for argument {name!r}; leave one out")
+        if name not in names:
+            raise TypeError(f"{function}.apply has no argument {name!r}; its forward takes {', '.join(names)}")
+        named[name] = value
+    wanted = names[: max(names.index(name) for name in named) + 1]
+    missing = [name for name in wanted if name not in named and name not in optional]
+    if missing or len(args) < first:
+        raise TypeError(
+            f"{function}.apply lacks {', '.join(missing) or 'arguments that are given by position'}; pass them"
+        )
+    return (*args[:first], *(named[name] if name in named else optional[name] for name in wanted))
+
+
+@dataclass
+class Known:
+    """A Function, for torchcalc._dynamo."""
+
+    cls: type[Function]
+    readers: list[Callable[[], Any]]  # of the constants that it reads from elsewhere
+    traced: list[Callable[..., Any]]  # one: what Dynamo calls
+    admitted: bool = False
+
+
+functions: WeakValueDictionary[int, Known] = WeakValueDictionary()
+_places = itertools.count()
 
 
 def _make_forms(cls: type[Function], tells: bool) -> tuple[Any, Any]:
@@ -341,21 +401,17 @@ def _outputs(cls: type[Function], output: Any) -> tuple[Any, ...]:
 
 def _check_saved(cls: type[Function], ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
     """Refuse what setup_context computed: it is a constant there, so the second derivative would lack its part."""
-    for saved in ctx.to_save or ():
-        for known in outputs:
-            if saved is known:
-                break
-        else:
-            for known in inputs:
-                if saved is known:
-                    break
-            else:
-                if _is_float(saved):
-                    raise ValueError(
-                        f"{cls.__name__}.setup_context saved a tensor of shape {tuple(saved.shape)} that is neither an "
-                        "input nor an output, so that second derivatives would take it for a constant; compute it in "
-                        "backward, or return it from forward as well"
-                    )
+    saved_tensors = ctx.to_save or ()
+    if not saved_tensors:
+        return
+    known = {*map(id, inputs), *map(id, outputs)}
+    for saved in saved_tensors:
+        if id(saved) not in known and _is_float(saved):
+            raise ValueError(
+                f"{cls.__name__}.setup_context saved a tensor of shape {tuple(saved.shape)} that is neither an "
+                "input nor an output, so that second derivatives would take it for a constant; compute it in "
+                "backward, or return it from forward as well"
+            )
 
 
 def _is_float(x: Any) -> bool:
@@ -423,7 +479,7 @@ def _autocast_off(state: _State) -> AbstractContextManager[Any]:
     return _autocast([(device_type, False, dtype) for device_type, enabled, dtype in state if enabled])
 
 
-def _cast(policy: Autocast, args: tuple[Any, ...], state: _State) -> tuple[Any, ...]:
+def _cast(policy: Autocast, args: tuple[Any, ...], state: _State, composes: bool) -> tuple[Any, ...]:
     """The inputs in the dtype that torch gives to its own operations; float64 stays, as there."""
     if policy == "off":
         return args
@@ -434,6 +490,7 @@ def _cast(policy: Autocast, args: tuple[Any, ...], state: _State) -> tuple[Any, 
     def cast(a: Any) -> Any:
         if not isinstance(a, Tensor) or not a.is_floating_point() or a.dtype == torch.float64:
             return a
-        return a.to(dtypes.get(a.device.type, a.dtype))
+        to = dtypes.get(a.device.type, a.dtype)
+        return cached_cast(a, to) if policy == "lower_precision" and not composes else a.to(to)
 
     return tuple(map(cast, args))

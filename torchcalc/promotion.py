@@ -10,6 +10,7 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 __all__ = ["autocasts", "autocasts_to_float32", "like", "unbroadcast", "widen"]
 
@@ -64,4 +65,9 @@ def autocasts_to_float32(x: Tensor) -> bool:
     ...     autocasts_to_float32(torch.ones(2, dtype=torch.bfloat16))
     False
     """
-    return x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16) and autocasts(x)
+    return (  # in this order: torch.fx traces without autocast, and cannot branch on x
+        _is_any_autocast_enabled()
+        and x.device.type != "cpu"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and autocasts(x)
+    )

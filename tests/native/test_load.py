@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from torchcalc import native
-from torchcalc.native import files, load
+from torchcalc.formula import dispatch
+from torchcalc.formula.pointwise import FORMULAS, Formula
+from torchcalc.native import files, load, pointwise
 
 REMEDY = "python -m torchcalc build"
 
@@ -102,18 +104,43 @@ def test_a_misspelt_wish_is_refused(variable: str, value: str, accepted: str, mo
 
 def test_one_warning_where_a_kernel_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "_warned", False)
-    native.warn_once()  # the kernels are there
+    tensors = [torch.ones(2), torch.nn.Parameter(torch.ones(2))]
+    native.warn_once(tensors)  # the kernels are there
     monkeypatch.setattr(load, "_loaded", load._load())
-    with pytest.warns(RuntimeWarning, match=rf"without its CPU kernels.*not built.*{REMEDY}"):
-        native.warn_once()
-    native.warn_once()
+    for x in (torch.ones(2, dtype=torch.int64), torch.ones(2, device="meta"), torch.eye(2).to_sparse(), None):
+        native.warn_once([*tensors, x])  # which no kernel would have taken
+    with pytest.warns(RuntimeWarning, match=rf"without its CPU kernels.*not built.*{REMEDY}") as caught:
+        native.warn_once(tensors)
+    assert [w.filename for w in caught] == [__file__]
+    native.warn_once(tensors)
 
 
 def test_no_warning_where_they_were_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHCALC_NATIVE", "off")
     monkeypatch.setattr(load, "_warned", False)
     monkeypatch.setattr(load, "_loaded", load._load())
-    native.warn_once()
+    native.warn_once([torch.ones(2)])
+
+
+@pytest.mark.parametrize("missing", ["kernels", "nodes"])
+def test_one_warning_at_the_first_function_without_kernels(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"kernels": None, "why_not": "not built. Run this."} if missing == "kernels" else {}
+    loaded = load._load_once()._replace(nodes=None, why_no_nodes="not built. Run this.", **changes)
+    monkeypatch.setattr(load, "_loaded", loaded)
+    monkeypatch.setattr(pointwise, "index", lambda formula: -1)
+    silu = dispatch.elementwise(FORMULAS["SiLU"], torch.nn.functional.silu)
+    mse = dispatch.reduced(FORMULAS["MSELoss"], lambda x, t, *_: torch.nn.functional.mse_loss(x, t))
+    mine = Formula("Mine", lambda x: x, [lambda: 1], ("x",), ())
+    x = torch.ones(3)
+    for call in (lambda: silu(x), lambda: mse(x, x, None, "sum", False)):
+        monkeypatch.setattr(load, "_warned", False)
+        silu(x.cfloat())
+        torch.func.grad(lambda x: silu(x).sum())(x)
+        dispatch.elementwise(mine, torch.abs)(x)  # nobody builds a kernel of this one
+        with pytest.warns(RuntimeWarning, match=f"without .*{missing}.*not built. Run this") as caught:
+            call()
+        assert [w.filename for w in caught] == [__file__]
+        call()
 
 
 def test_importing_loads_nothing() -> None:

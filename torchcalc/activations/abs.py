@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcalc.formula import Term, pointwise
+from torchcalc.tracing import NotScripted
 
 __all__ = ["Abs", "abs"]
 
@@ -46,7 +47,7 @@ def abs(input: Tensor) -> Tensor:
     return _abs(input)
 
 
-class Abs(nn.Module):
+class Abs(NotScripted, nn.Module):
     """Module of :func:`abs`; torch.nn has none.
 
     >>> Abs()(torch.tensor([-3.0, 1.0]))

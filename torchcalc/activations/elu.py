@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchcalc.activations.inplace import in_place
 from torchcalc.formula import Term, minimum, pointwise, where
+from torchcalc.tracing import NotScripted
 
 __all__ = ["ELU", "elu"]
 
@@ -57,7 +58,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return in_place(_elu, input, alpha) if inplace else _elu(input, alpha)
 
 
-class ELU(nn.ELU):
+class ELU(NotScripted, nn.ELU):
     """Module of :func:`elu`, as ``torch.nn.ELU``.
 
     >>> import torch

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchcalc.formula import Term, pointwise
 from torchcalc.promotion import autocasts_to_float32
+from torchcalc.tracing import NotScripted
 
 __all__ = ["Exp", "exp"]
 
@@ -46,7 +47,7 @@ def exp(input: Tensor) -> Tensor:
     return _exp(input.float() if autocasts_to_float32(input) else input)
 
 
-class Exp(nn.Module):
+class Exp(NotScripted, nn.Module):
     """Module of :func:`exp`; torch.nn has none.
 
     >>> Exp()(torch.tensor([0.0, 1.0]))

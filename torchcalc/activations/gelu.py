@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchcalc.formula import Term, pointwise
+from torchcalc.tracing import NotScripted
 
 __all__ = ["GELU", "gelu"]
 
@@ -78,7 +79,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     return _gelu_tanh(input)
 
 
-class GELU(nn.GELU):
+class GELU(NotScripted, nn.GELU):
     """Module of :func:`gelu`, as ``torch.nn.GELU``.
 
     >>> GELU(approximate="tanh")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from torchcalc.activations import gelu, silu
 from torchcalc.formula import Term, pointwise
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["GLU", "geglu", "glu", "swiglu"]
 
@@ -66,6 +67,7 @@ _swiglu = pointwise("SwiGLU", swiglu_value, swiglu_slope_a, swiglu_slope_b)
 _geglu = pointwise("GEGLU", geglu_value, geglu_slope_a, geglu_slope_b)
 
 
+@leaf
 def glu(input: Tensor, dim: int = -1) -> Tensor:
     """a·σ(b), where a and b are the halves of input along a dimension, as ``torch.nn.functional.glu``.
 
@@ -134,7 +136,7 @@ def geglu(a: Tensor, b: Tensor) -> Tensor:
     return _geglu(a, b)
 
 
-class GLU(nn.GLU):
+class GLU(NotScripted, nn.GLU):
     """Module of :func:`glu`, as ``torch.nn.GLU``.
 
     >>> import torch

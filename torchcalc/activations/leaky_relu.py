@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchcalc.activations.inplace import in_place
 from torchcalc.formula import Term, pointwise, where
+from torchcalc.tracing import NotScripted
 
 __all__ = ["LeakyReLU", "leaky_relu"]
 
@@ -56,7 +57,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     return in_place(_leaky_relu, input, negative_slope) if inplace else _leaky_relu(input, negative_slope)
 
 
-class LeakyReLU(nn.LeakyReLU):
+class LeakyReLU(NotScripted, nn.LeakyReLU):
     """Module of :func:`leaky_relu`, as ``torch.nn.LeakyReLU``.
 
     >>> import torch

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchcalc.formula import Term, pointwise
 from torchcalc.promotion import autocasts_to_float32
+from torchcalc.tracing import NotScripted
 
 __all__ = ["Log", "log"]
 
@@ -46,7 +47,7 @@ def log(input: Tensor) -> Tensor:
     return _log(input.float() if autocasts_to_float32(input) else input)
 
 
-class Log(nn.Module):
+class Log(NotScripted, nn.Module):
     """Module of :func:`log`; torch.nn has none.
 
     >>> Log()(torch.tensor([1.0, 2.0]))

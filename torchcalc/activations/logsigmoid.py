@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchcalc.formula import Term, minimum, pointwise
+from torchcalc.tracing import NotScripted
 
 __all__ = ["LogSigmoid", "logsigmoid"]
 
@@ -46,7 +47,7 @@ def logsigmoid(input: Tensor) -> Tensor:
     return _logsigmoid(input)
 
 
-class LogSigmoid(nn.LogSigmoid):
+class LogSigmoid(NotScripted, nn.LogSigmoid):
     """Module of :func:`logsigmoid`, as ``torch.nn.LogSigmoid``.
 
     >>> import torch

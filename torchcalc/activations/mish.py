@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from torchcalc.activations.inplace import in_place
 from torchcalc.formula import Term, pointwise, where
+from torchcalc.tracing import NotScripted
 
 __all__ = ["Mish", "mish"]
 
@@ -70,7 +71,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
     return in_place(_mish, input) if inplace else _mish(input)
 
 
-class Mish(nn.Mish):
+class Mish(NotScripted, nn.Mish):
     """Module of :func:`mish`, as ``torch.nn.Mish``.
 
     >>> import torch

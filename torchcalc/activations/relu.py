@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcalc.formula import Term, pointwise, where
+from torchcalc.tracing import NotScripted
 
 __all__ = ["ReLU", "relu"]
 
@@ -58,7 +59,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(result) if inplace else result
 
 
-class ReLU(nn.ReLU):
+class ReLU(NotScripted, nn.ReLU):
     """Module of :func:`relu`, as ``torch.nn.ReLU``.
 
     >>> ReLU()(torch.tensor([-1.0, 2.0]))

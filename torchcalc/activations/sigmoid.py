@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcalc.formula import Term, pointwise
+from torchcalc.tracing import NotScripted
 
 __all__ = ["Sigmoid", "sigmoid"]
 
@@ -51,7 +52,7 @@ def sigmoid(input: Tensor) -> Tensor:
     return _sigmoid(input)
 
 
-class Sigmoid(nn.Sigmoid):
+class Sigmoid(NotScripted, nn.Sigmoid):
     """Module of :func:`sigmoid`, as ``torch.nn.Sigmoid``.
 
     >>> Sigmoid()(torch.zeros(2))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchcalc.activations.inplace import in_place
 from torchcalc.formula import Term, pointwise
+from torchcalc.tracing import NotScripted
 
 __all__ = ["SiLU", "silu"]
 
@@ -54,7 +55,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     return in_place(_silu, input) if inplace else _silu(input)
 
 
-class SiLU(nn.SiLU):
+class SiLU(NotScripted, nn.SiLU):
     """Module of :func:`silu`, as ``torch.nn.SiLU``.
 
     >>> import torch

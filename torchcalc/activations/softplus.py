@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchcalc.formula import Term, maximum, pointwise, where
 from torchcalc.promotion import autocasts_to_float32
+from torchcalc.tracing import NotScripted
 
 __all__ = ["Softplus", "softplus"]
 
@@ -63,7 +64,7 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     return _softplus(input.float() if autocasts_to_float32(input) else input, beta, threshold)
 
 
-class Softplus(nn.Softplus):
+class Softplus(NotScripted, nn.Softplus):
     """Module of :func:`softplus`, as ``torch.nn.Softplus``.
 
     >>> import torch

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchcalc.formula import Term, pointwise
 from torchcalc.promotion import autocasts_to_float32
+from torchcalc.tracing import NotScripted
 
 __all__ = ["Square", "square"]
 
@@ -46,7 +47,7 @@ def square(input: Tensor) -> Tensor:
     return _square(input.float() if autocasts_to_float32(input) else input)
 
 
-class Square(nn.Module):
+class Square(NotScripted, nn.Module):
     """Module of :func:`square`; torch.nn has none.
 
     >>> Square()(torch.tensor([-1.0, 3.0]))

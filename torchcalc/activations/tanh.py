@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcalc.formula import Term, pointwise
+from torchcalc.tracing import NotScripted
 
 __all__ = ["Tanh", "tanh"]
 
@@ -50,7 +51,7 @@ def tanh(input: Tensor) -> Tensor:
     return _tanh(input)
 
 
-class Tanh(nn.Tanh):
+class Tanh(NotScripted, nn.Tanh):
     """Module of :func:`tanh`, as ``torch.nn.Tanh``.
 
     >>> Tanh()(torch.zeros(2))

@@ -9,25 +9,31 @@ differentiated again comes back to Python, to :func:`torchcalc.formula.pointwise
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
+from torch.fx import _symbolic_trace
 
+from torchcalc import native
 from torchcalc.formula import launched
 from torchcalc.native import gpu
 from torchcalc.native import pointwise as kernels
+from torchcalc.tracing import tracer_of
 
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["elementwise", "reduced"]
+__all__ = ["elementwise", "is_built", "reduced"]
 
 
 def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The reference, with the ways around it."""
+    n = len(formula.inputs)
+    built = is_built(formula)
     place: int | None = None
     compute: Any = None
     launch: Any = None
@@ -44,7 +50,16 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
         if y is None and isinstance(args[0], Tensor) and (args[0].is_cuda or gpu.INTERPRETED):
             launch = launch or launched.elementwise(formula)
             y = launch(*args)
-        return reference(*args) if y is None else y
+        if y is not None:
+            return y
+        if compute is None and built:
+            native.warn_once(args[:n], nodes=True)
+        if _symbolic_trace._is_fx_tracing_flag and (tracer := tracer_of(args)) is not None:
+            apply.__module__ = formula.value.__module__
+            apply.__name__ = apply.__qualname__ = name_of(apply, apply.__module__)
+            node: Any = tracer.create_proxy("call_function", apply, args, {})  # not the reference, which is slower
+            return node
+        return reference(*args)
 
     return apply
 
@@ -52,6 +67,7 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
 def reduced(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Likewise of a loss: (*inputs, weight, reduction, by_weight, *parameters)."""
     n = len(formula.inputs)
+    built = is_built(formula)
     launch: Any = None
     is_compiling = torch.compiler.is_compiling
 
@@ -68,9 +84,24 @@ def reduced(formula: Formula, reference: Callable[..., Tensor]) -> Callable[...,
         if y is None and how != 0 and (args[0].is_cuda or gpu.INTERPRETED):
             launch = launch or launched.reduced(formula)
             y = by_launch(launch, how == 1, args[n + 2], *inputs, numbers=args[n + 3 :])
-        return reference(*args) if y is None else y
+        if y is not None:
+            return y
+        if place < 0 and built:
+            native.warn_once(args[:n], nodes=True)
+        return reference(*args)
 
     return apply
+
+
+def name_of(value: Any, module: str) -> str:
+    """Its name in its module, under which what torch.fx has traced can be pickled."""
+    names = (name for name, found in vars(sys.modules[module]).items() if found is value)
+    return next(names, value.__name__)
+
+
+def is_built(formula: Formula) -> bool:
+    """Whether `python -m torchcalc build` makes CPU kernels of it: it makes those of our own formulas."""
+    return formula.value.__module__.startswith("torchcalc.")
 
 
 def by_launch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchcalc.formula.cpp import is_heavy, kernel
+from torchcalc.formula.dispatch import is_built
 from torchcalc.formula.expression import Expression
 from torchcalc.formula.pointwise import FORMULAS, Formula
 
@@ -21,7 +22,7 @@ def sources() -> dict[str, str]:
     from torchcalc.formula.rule_cpp import rule_file
     from torchcalc.optim.kernel import all_recordings
 
-    formulas = [f for f in FORMULAS.values() if f.value.__module__.startswith("torchcalc.")]
+    formulas = [f for f in FORMULAS.values() if is_built(f)]
     return {f"formulas_{i}.cpp": file_of(formulas[i::FILES]) for i in range(FILES)} | {
         f"rule_{name}.cpp": rule_file(recordings) for name, recordings in all_recordings().items()
     }

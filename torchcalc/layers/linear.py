@@ -24,13 +24,21 @@ from torch import Tensor, nn
 
 from torchcalc.autograd import Function
 from torchcalc.promotion import unbroadcast
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["Linear", "linear"]
 
 
 def samples(x: Tensor) -> Tensor:
-    """All leading dimensions as one."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    """All leading dimensions as one, those of a nested tensor too."""
+    if x.is_nested:
+        return torch.cat([samples(part) for part in x.unbind()])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ·b̄, where b may be sparse: torch multiplies a sparse matrix from its left only."""
+    return a.mT @ b.conj() if b.layout == torch.strided else (b.conj().transpose(0, 1) @ a).mT
 
 
 class LinearFunction(Function):
@@ -52,8 +60,8 @@ class LinearFunction(Function):
             g if w.dim() == 2 else g.unsqueeze(-1)
         )  # a weight vector is a matrix of one row; its output has no dimension
         grad_x = G @ torch.atleast_2d(w).conj() if need_x else None  # (1)
-        grad_w = (samples(G).mT @ samples(x).conj()).view(w.shape) if need_w else None  # (2)
-        grad_b = unbroadcast(g, b) if need_b else None  # (3)
+        grad_w = product(samples(G), samples(x)).view(w.shape) if need_w else None  # (2)
+        grad_b = unbroadcast(samples(g) if g.is_nested else g, b) if need_b else None  # (3)
         return grad_x, grad_w, grad_b
 
     @staticmethod
@@ -63,11 +71,13 @@ class LinearFunction(Function):
         return dy if db is None else dy + db
 
 
+@leaf
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The affine map input·weightᵀ + bias, as ``torch.nn.functional.linear``.
 
     Args:
-        input: ``(*, in_features)``, float or complex, any number of leading dimensions, none too.
+        input: ``(*, in_features)``, float or complex, any number of leading dimensions, none too; nested as well, or a
+            sparse matrix.
         weight: ``(out_features, in_features)`` or ``(in_features)``, of the same dtype.
         bias: ``(out_features)`` or what broadcasts to the result; None for a linear map.
 
@@ -85,10 +95,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> y, w.grad
     (tensor([11.], grad_fn=<LinearFunctionBackward>), tensor([[1., 2.]]))
     """
+    if input.is_nested and input.layout == torch.strided:  # which no Function of Python may return
+        return torch.nested.as_nested_tensor([linear(part, weight, bias) for part in input.unbind()])
     return LinearFunction.apply(input, weight, bias)
 
 
-class Linear(nn.Linear):
+class Linear(NotScripted, nn.Linear):
     """Module of :func:`linear`: parameters, initialisation and ``state_dict`` of ``torch.nn.Linear``.
 
     >>> Linear(2, 3)

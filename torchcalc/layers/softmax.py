@@ -32,6 +32,7 @@ from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torchcalc.autograd import Function
 from torchcalc.native import pointwise as kernels
 from torchcalc.promotion import autocasts_to_float32, like, widen
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["LogSoftmax", "Softmax", "log_softmax", "softmax"]
 
@@ -91,6 +92,7 @@ class LogSoftmaxFunction(Function):
         return like(t - (y * t).sum(ctx.dim, keepdim=True), z)  # (4)
 
 
+@leaf
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """exp(input) / sum of exp(input) along ``dim``, as ``torch.nn.functional.softmax``.
 
@@ -111,10 +113,11 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     tensor([0.5000, 0.5000, 0.0000])
     """
     if dim is None:
-        dim = _get_softmax_dim("softmax", input.dim(), _stacklevel)
+        dim = _get_softmax_dim("softmax", input.dim(), _stacklevel + 1)
     return _along(input, dim, dtype, False)
 
 
+@leaf
 def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -137,7 +140,7 @@ def log_softmax(
     tensor([    0., -1000.])
     """
     if dim is None:
-        dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+        dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel + 1)
     return _along(input, dim, dtype, True)
 
 
@@ -153,7 +156,7 @@ def _along(x: Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> Tensor:
     return (LogSoftmaxFunction if log else SoftmaxFunction).apply(x, dim, dtype)
 
 
-class Softmax(nn.Softmax):
+class Softmax(NotScripted, nn.Softmax):
     """Module of :func:`softmax`, as ``torch.nn.Softmax``.
 
     >>> Softmax(dim=-1)(torch.zeros(4))
@@ -165,7 +168,7 @@ class Softmax(nn.Softmax):
         return softmax(input, self.dim, _stacklevel=6)  # above Module.__call__
 
 
-class LogSoftmax(nn.LogSoftmax):
+class LogSoftmax(NotScripted, nn.LogSoftmax):
     """Module of :func:`log_softmax`, as ``torch.nn.LogSoftmax``.
 
     >>> LogSoftmax(dim=-1)(torch.zeros(4))

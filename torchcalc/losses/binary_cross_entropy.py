@@ -39,6 +39,7 @@ from torchcalc.activations.softplus import log_1p_exp
 from torchcalc.formula import Term, loss, maximum, times, where
 from torchcalc.losses.reduction import resolve
 from torchcalc.promotion import autocasts
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["BCELoss", "BCEWithLogitsLoss", "binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
@@ -97,6 +98,7 @@ _bce = loss("BCEWithLogitsLoss", value, slope_x, slope_t)
 _weighted_bce = loss("BCEWithLogitsPosWeightLoss", weighted_value, weighted_slope_x, weighted_slope_t, slope_p)
 
 
+@leaf
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -164,7 +166,7 @@ def _expands(x: Tensor, to: Tensor) -> bool:
     return x.dim() <= to.dim() and all(a in (1, b) for a, b in zip(reversed(x.shape), reversed(to.shape), strict=False))
 
 
-class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+class BCEWithLogitsLoss(NotScripted, nn.BCEWithLogitsLoss):
     """Module of :func:`binary_cross_entropy_with_logits`, as ``torch.nn.BCEWithLogitsLoss``.
 
     >>> BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))(torch.zeros(1), torch.ones(1))
@@ -178,6 +180,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         )
 
 
+@leaf
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -241,7 +244,7 @@ def _may_be_read(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and not _are_functorch_transforms_active()
 
 
-class BCELoss(nn.BCELoss):
+class BCELoss(NotScripted, nn.BCELoss):
     """Module of :func:`binary_cross_entropy`, as ``torch.nn.BCELoss``.
 
     >>> BCELoss(reduction="sum")(torch.tensor([0.5, 1.0]), torch.ones(2))

@@ -52,6 +52,7 @@ from torchcalc.native import pointwise as kernels
 from torchcalc.native import row_kernels
 from torchcalc.native.gpu import INTERPRETED
 from torchcalc.promotion import autocasts, like, unbroadcast, widen
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -300,6 +301,7 @@ def _result_dtype(x: Tensor, target: Tensor, w: Tensor | None) -> torch.dtype:
     return fold(torch.promote_types, (a.dtype for a in (x, target, w) if a is not None))
 
 
+@leaf
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -364,7 +366,7 @@ def cross_entropy(
     return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, smoothing)
 
 
-class CrossEntropyLoss(nn.CrossEntropyLoss):
+class CrossEntropyLoss(NotScripted, nn.CrossEntropyLoss):
     """Module of :func:`cross_entropy`, as ``torch.nn.CrossEntropyLoss``.
 
     >>> CrossEntropyLoss()(torch.zeros(2, 4), torch.tensor([0, 3]))

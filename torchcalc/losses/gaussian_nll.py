@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 
 from torchcalc.formula import Term, loss, maximum
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["GaussianNLLLoss", "gaussian_nll_loss"]
 
@@ -45,6 +46,7 @@ def slope_var(x: Term, t: Term, var: Term, *, eps: float) -> Term:
 _gaussian_nll = loss("GaussianNLLLoss", value, slope_x, slope_t, slope_var)
 
 
+@leaf
 def gaussian_nll_loss(
     input: Tensor,
     target: Tensor,
@@ -104,7 +106,7 @@ def _may_be_read(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or _are_functorch_transforms_active() or x.is_meta)
 
 
-class GaussianNLLLoss(nn.GaussianNLLLoss):
+class GaussianNLLLoss(NotScripted, nn.GaussianNLLLoss):
     """Module of :func:`gaussian_nll_loss`, as ``torch.nn.GaussianNLLLoss``.
 
     >>> GaussianNLLLoss()(torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([1.0]))

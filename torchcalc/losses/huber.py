@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchcalc.formula import Term, where
 from torchcalc.losses.reduction import resolve
 from torchcalc.losses.residual import broadcast, check_weight, residual_loss
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["HuberLoss", "huber_loss"]
 
@@ -32,6 +33,7 @@ def slope(d: Term, *, delta: float) -> Term:
 _huber = residual_loss("HuberLoss", value, slope, torch._C._nn.huber_loss)  # the kernel below F.huber_loss
 
 
+@leaf
 def huber_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
 ) -> Tensor:
@@ -72,7 +74,7 @@ def huber_loss(
     return _huber(input_, target, weight, reduction, False, delta)
 
 
-class HuberLoss(nn.HuberLoss):
+class HuberLoss(NotScripted, nn.HuberLoss):
     """Module of :func:`huber_loss`, as ``torch.nn.HuberLoss``.
 
     >>> HuberLoss(delta=2.0)(torch.tensor([1.0]), torch.zeros(1))

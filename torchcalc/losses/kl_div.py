@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchcalc.formula import Term, loss, times
 from torchcalc.losses.reduction import resolve
 from torchcalc.promotion import autocasts
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["KLDivLoss", "kl_div"]
 
@@ -56,6 +57,7 @@ _kl_div = loss("KLDivLoss", value, slope_x, slope_t)
 _kl_div_of_log = loss("KLDivLogTargetLoss", log_value, log_slope_x, log_slope_u)
 
 
+@leaf
 def kl_div(
     input: Tensor,
     target: Tensor,
@@ -100,7 +102,7 @@ def kl_div(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
             "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
-            stacklevel=2,
+            stacklevel=3,
         )
     reduction = resolve(reduction, size_average, reduce)
     batch = input.size(0) if input.dim() else 1
@@ -115,7 +117,7 @@ def kl_div(
     return (function(input.float(), target.float(), None, "sum", False) / batch).to(dtype)  # rounded once
 
 
-class KLDivLoss(nn.KLDivLoss):
+class KLDivLoss(NotScripted, nn.KLDivLoss):
     """Module of :func:`kl_div`, as ``torch.nn.KLDivLoss``.
 
     >>> KLDivLoss(reduction="batchmean")(torch.zeros(1, 2), torch.tensor([[1.0, 0.5]]))

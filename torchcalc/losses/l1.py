@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchcalc.formula import Term
 from torchcalc.losses.reduction import resolve
 from torchcalc.losses.residual import broadcast, check_weight, residual_loss
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["L1Loss", "l1_loss"]
 
@@ -32,6 +33,7 @@ def slope(d: Term) -> Term:
 _l1 = residual_loss("L1Loss", value, slope, torch._C._nn.l1_loss)  # the kernel below F.l1_loss
 
 
+@leaf
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -75,7 +77,7 @@ def l1_loss(
     return _l1(input_, target, weight, reduction, True)  # a weighted mean is over the sum of the weights
 
 
-class L1Loss(nn.L1Loss):
+class L1Loss(NotScripted, nn.L1Loss):
     """Module of :func:`l1_loss`, as ``torch.nn.L1Loss``.
 
     >>> L1Loss()(torch.tensor([1.0, -2.0]), torch.zeros(2))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchcalc.formula import Term
 from torchcalc.losses.reduction import resolve
 from torchcalc.losses.residual import broadcast, check_weight, residual_loss
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["MSELoss", "mse_loss"]
 
@@ -31,6 +32,7 @@ def slope(d: Term) -> Term:
 _mse = residual_loss("MSELoss", value, slope, torch._C._nn.mse_loss)  # the kernel below F.mse_loss
 
 
+@leaf
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -74,7 +76,7 @@ def mse_loss(
     return _mse(input_, target, weight, reduction, True)  # a weighted mean is over the sum of the weights
 
 
-class MSELoss(nn.MSELoss):
+class MSELoss(NotScripted, nn.MSELoss):
     """Module of :func:`mse_loss`, as ``torch.nn.MSELoss``.
 
     >>> MSELoss(reduction="sum")(torch.tensor([1.0, 2.0]), torch.zeros(2))

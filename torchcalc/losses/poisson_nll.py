@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from torchcalc.formula import Term, loss, maximum, times, where
 from torchcalc.losses.reduction import resolve
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["PoissonNLLLoss", "poisson_nll_loss"]
 
@@ -89,6 +90,7 @@ _of_rate: dict[bool, Callable[..., Tensor]] = {
 }
 
 
+@leaf
 def poisson_nll_loss(
     input: Tensor,
     target: Tensor,
@@ -140,7 +142,7 @@ def poisson_nll_loss(
     return _of_rate[bool(full)](input, target, None, reduction, False, eps)
 
 
-class PoissonNLLLoss(nn.PoissonNLLLoss):
+class PoissonNLLLoss(NotScripted, nn.PoissonNLLLoss):
     """Module of :func:`poisson_nll_loss`, as ``torch.nn.PoissonNLLLoss``.
 
     >>> PoissonNLLLoss(log_input=False, eps=0.0)(torch.tensor([1.0]), torch.tensor([3.0]))

@@ -58,7 +58,7 @@ def broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
         "This will likely lead to incorrect results due to broadcasting. "
         "Please ensure they have the same size.",
-        stacklevel=3,
+        stacklevel=4,  # above the loss, and what makes it a leaf
     )
     input, target = torch.broadcast_tensors(input, target)
     return input, target

@@ -17,6 +17,7 @@ from torchcalc.formula import Term, where
 from torchcalc.losses.l1 import _l1
 from torchcalc.losses.reduction import resolve
 from torchcalc.losses.residual import broadcast, residual_loss
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["SmoothL1Loss", "smooth_l1_loss"]
 
@@ -34,6 +35,7 @@ _smooth_l1 = residual_loss(
 )  # the kernel below F.smooth_l1_loss
 
 
+@leaf
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -78,7 +80,7 @@ def smooth_l1_loss(
     return _smooth_l1(input, target, None, reduction, False, beta)
 
 
-class SmoothL1Loss(nn.SmoothL1Loss):
+class SmoothL1Loss(NotScripted, nn.SmoothL1Loss):
     """Module of :func:`smooth_l1_loss`, as ``torch.nn.SmoothL1Loss``.
 
     >>> SmoothL1Loss(beta=2.0)(torch.tensor([1.0]), torch.zeros(1))

@@ -3,8 +3,8 @@
 `available()` says whether the kernel library is loaded (it is loaded on first use), `why_not()` says why it is not and
 what to do about it. Neither raises. `TORCHCALC_NATIVE=0` (or false, off, no) in the environment switches the kernels off,
 and `TORCHCALC_NATIVE_ISA=avx2` or `baseline` chooses loops for a lesser processor. `nodes()` and `why_no_nodes()` tell the
-same of autograd's nodes, a second library, which is bound to one version of torch and Python. `warn_once()` is for the
-place where a kernel would have been used and is not there.
+same of autograd's nodes, a second library, which is bound to one version of torch and Python. `warn_once(tensors)` is for
+the place where a kernel would have been used and is not there.
 
 The library registers operators in `torch.ops.torchcalc`; they are called through wrappers (`torchcalc.native.optim`), which
 tell autograd what was written. Optimizers::

@@ -6,13 +6,17 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterable
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch.nn import Parameter
 
 from torchcalc.native import files
 
@@ -67,20 +71,33 @@ def why_no_nodes() -> str:
     return (_loaded or _load_once()).why_no_nodes
 
 
-def warn_once() -> None:
-    """Says once in a process that the kernels are not there, and the remedy. For where one would have been used.
+def warn_once(tensors: Iterable[Any], nodes: bool = False) -> Literal[False]:
+    """Says once in a process that kernels are not there, and the remedy. For where these tensors would have met one.
 
-    Says nothing where they are loaded, were switched off, or cannot be built.
+    Says nothing where kernels were switched off or cannot be built, nor of tensors that they would not have taken.
+
+    Args:
+        tensors: what would have been handed to the kernel.
+        nodes: whether autograd's nodes were needed as well.
     """
     global _warned
     loaded = _loaded or _load_once()
-    if _warned or loaded.kernels is not None or loaded.intended:
-        return
+    why = loaded.why_not or (loaded.why_no_nodes if nodes else "")
+    if _warned or loaded.intended or not why or not all(map(_would_be_taken, tensors)):
+        return False
+    if _are_functorch_transforms_active() or _len_torch_dispatch_stack():
+        return False
+    from torchcalc.optim.checks import level_of_caller
+
     _warned = True
-    text = (
-        f"torchcalc runs without its CPU kernels, which are several times as fast as what it does now: {loaded.why_not}"
-    )
-    warnings.warn(text, RuntimeWarning, stacklevel=3)
+    what = "its CPU kernels" if loaded.why_not else "autograd's nodes, and so without CPU kernels for functions"
+    text = f"torchcalc runs without {what}, which are several times as fast as what it does now: {why}"
+    warnings.warn(text, RuntimeWarning, stacklevel=level_of_caller())
+    return False
+
+
+def _would_be_taken(x: Any) -> bool:
+    return type(x) in (Tensor, Parameter) and x.is_cpu and x.is_floating_point() and x.layout == torch.strided
 
 
 def _load_once() -> _Loaded:

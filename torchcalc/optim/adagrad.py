@@ -99,6 +99,27 @@ class Adagrad(Optimizer):
         for state in self.state.values():
             state["sum"].share_memory_()
 
+    def torch_fused(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        slots: list[list[Tensor]],
+        steps: list[Tensor],
+        group: dict[str, Any],
+        first: bool,
+    ) -> None:
+        torch._fused_adagrad_(
+            params,
+            grads,
+            slots[0],
+            steps,
+            lr=float(group["lr"]),
+            lr_decay=group["lr_decay"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])
         check_at_least_zero("learning rate", group["lr"])

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from torchcalc.native.optim import Bound
@@ -137,6 +138,33 @@ class Adam(Optimizer):
             grad_coef=float(scaling.coefficient),
             grad_scale=scaling.grad_scale,
             seed=scaling.seed,
+        )
+
+    def torch_fused(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        slots: list[list[Tensor]],
+        steps: list[Tensor],
+        group: dict[str, Any],
+        first: bool,
+    ) -> None:
+        b1, b2 = group["betas"]
+        operation = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        operation(
+            params,
+            grads,
+            slots[0],
+            slots[1],
+            slots[2] if group["amsgrad"] else [],
+            steps,
+            lr=float(group["lr"]),
+            beta1=float(b1),
+            beta2=float(b2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
         )
 
     def check(self, group: dict[str, Any]) -> None:

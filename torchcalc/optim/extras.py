@@ -143,7 +143,9 @@ def global_norm(grads: list[Tensor]) -> Norm:
 
 def _by_kernel(grads: list[Tensor]) -> GradNorm | None:
     """The kernel itself refuses what is not dense, real and on the CPU; a subclass would have to know its operator."""
-    return grad_norm(grads) if native.available() and all(map(_is_plain, map(type, grads))) else None
+    if not all(map(_is_plain, map(type, grads))):
+        return None
+    return grad_norm(grads) if native.available() or native.warn_once(grads) else None
 
 
 def _on_one(x: Any, parts: list[Any]) -> Any:

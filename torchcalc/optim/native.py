@@ -19,21 +19,25 @@ from torch import Tensor
 from torchcalc import native
 from torchcalc.native.optim import DONE, Bound
 
-__all__ = ["DONE", "Plan", "is_wanted"]
+__all__ = ["DONE", "Plan", "is_wanted", "leaves_the_choice"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def is_wanted(group: dict[str, Any]) -> bool:
-    """Whether the group's options leave the choice, and kernels are there."""
+def leaves_the_choice(group: dict[str, Any]) -> bool:
+    """Whether the group's options leave the way of its step on CPU to us."""
     return (
         group["foreach"] is None
         and group.get("fused") in (None, True)
         and not group["differentiable"]
         and not group.get("capturable")
         and not torch.compiler.is_compiling()
-        and native.available()
     )
+
+
+def is_wanted(group: dict[str, Any]) -> bool:
+    """Whether the group's options leave the choice, and kernels are there; a warning, the first time that they are not."""
+    return leaves_the_choice(group) and (native.available() or native.warn_once(group["params"]))
 
 
 class Plan:

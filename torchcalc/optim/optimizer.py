@@ -15,8 +15,9 @@ Which way a step goes, group by group:
 default and fused on CUDA              one launch for all tensors (:mod:`torchcalc.optim.cuda`); without Triton, or for
                                        tensors that it does not take, as with foreach=True
 ``differentiable=True``                tensor by tensor, out of place, recorded by autograd
-default and fused on CPU               the rule's kernel over all tensors at once (:mod:`torchcalc.optim.kernel`); without
-                                       one, or for tensors that it does not take, tensor by tensor
+default and fused on CPU               the rule's kernel over all tensors at once (:mod:`torchcalc.optim.kernel`); where no
+                                       kernels are built torch's fused operation, if there is one and it is right
+                                       (:mod:`torchcalc.optim.fused`); for what these do not take, tensor by tensor
 =====================================  =================================================================================
 
 bfloat16 and float16 are computed in float32 and rounded once, whichever way a step goes (but for sparse gradients).
@@ -35,7 +36,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from torchcalc.optim import cuda, kernel
+from torchcalc import native
+from torchcalc.optim import cuda, fused, kernel
 from torchcalc.optim.arguments import WHOLE
 from torchcalc.optim.checkpoint import load_state_dict, state_dtype
 from torchcalc.optim.checks import check_numbers, warn_of_misspelling
@@ -74,6 +76,9 @@ def without_dynamo(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+_zero_grad = without_dynamo(torch.optim.Optimizer.zero_grad)
+
+
 class Entry(NamedTuple):
     """One parameter that has a gradient."""
 
@@ -106,6 +111,9 @@ class Optimizer(torch.optim.Optimizer):
     variants: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     #: A kernel written by hand instead: native(bound, grads, group, first, scaling) -> status; see :mod:`torchcalc.native.optim`.
     native: Callable[..., int] | None = None
+    #: torch's operation, where kernels are not built: torch_fused(params, grads, slots, steps, group, first); see
+    #: :mod:`torchcalc.optim.fused`.
+    torch_fused: Callable[..., None] | None = None
 
     #: Options that are the whole optimizer's, and no group's: attributes of the constructor's names.
     whole: ClassVar[tuple[str, ...]] = WHOLE
@@ -207,7 +215,18 @@ class Optimizer(torch.optim.Optimizer):
                 param_group["lr"] = lr.clone()
         without_dynamo(torch.optim.Optimizer.add_param_group)(self, param_group)
 
-    zero_grad = without_dynamo(torch.optim.Optimizer.zero_grad)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. Here the optimizer lets go of what its owner may want back before the next step.
+
+        A bound step holds its parameters: those of a group that is gone would stay in memory, and ``module.to()`` could not
+        swap them.
+        """
+        if self._plans and (
+            len(self.param_groups) != self._planned_groups or torch.__future__.get_swap_module_params_on_conversion()
+        ):
+            self._forget_plans()
+        _zero_grad(self, set_to_none)
+
     state_dict = without_dynamo(torch.optim.Optimizer.state_dict)
 
     def _forget(self) -> None:
@@ -215,6 +234,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plans: dict[tuple[int, bytes], Plan] = {}  # by group, and by which of its parameters have a gradient
         self._states: list[dict[str, Any]] = []  # each parameter's state: the very dicts that the plans read
         self._new_plans = False
+        self._planned_groups = 0
         self._memory = cuda.Memory(getattr(self, "_memory", None))
         self._skipped = 0
         self._fresh: dict[Tensor, list[str]] = {}  # keys of state that was made for the step that is under way
@@ -327,11 +347,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         self._plans.clear()
+        self._states = []
         self._memory.plans.clear()
+        self._memory.states = []
 
     def _note_plans(self) -> None:
         if self._new_plans:
             self._new_plans, self._states = False, list(self.state.values())
+            self._planned_groups = len(self.param_groups)
 
     def _scaling(self, grad_scale: Tensor | None) -> Scaling | None:
         """What max_norm, skip_nonfinite and rounding make of this step; None to skip it."""
@@ -363,7 +386,7 @@ class Optimizer(torch.optim.Optimizer):
             check_numbers(index, {**hyper, **{key: group[key] for key in self.numbers}} if self.numbers else hyper)
         if not is_wanted(group) or (self.native is None and not kernel.may_have_kernel(self, group)):
             entries = self._entries(group, params)
-            return lambda scaling: self._step_group(group, entries, scaling)
+            return lambda scaling: self._step_group(group, self._step_fused(group, entries, scaling), scaling)
 
         key = index, pattern
         plan, made, first = self._plans.get(key), None, []
@@ -427,6 +450,10 @@ class Optimizer(torch.optim.Optimizer):
                     state[key] = state[key].to(dtype)  # the parameter's dtype was changed
             entries.append(Entry(p, g, [state[key] for key in keys], state, first=bool(missing)))
         return entries
+
+    def _step_fused(self, group: dict[str, Any], entries: list[Entry], scaling: Scaling) -> list[Entry]:
+        """By torch's own operation where there are no kernels; the entries that are left."""
+        return entries if native.available() else fused.step(self, group, entries, scaling)
 
     def _step_group(
         self,

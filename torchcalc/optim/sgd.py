@@ -119,6 +119,28 @@ class SGD(Optimizer):
             seed=scaling.seed,
         )
 
+    def torch_fused(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        slots: list[list[Tensor]],
+        steps: list[Tensor],
+        group: dict[str, Any],
+        first: bool,
+    ) -> None:
+        torch._fused_sgd_(
+            params,
+            grads,
+            slots[0] if slots else [],
+            lr=float(group["lr"]),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=float(group["weight_decay"]),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            is_first_step=first,
+        )
+
     def check(self, group: dict[str, Any]) -> None:
         check_one_element("lr", group["lr"])
         check_at_least_zero("learning rate", group["lr"])
