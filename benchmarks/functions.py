@@ -56,6 +56,8 @@ def rows() -> Iterator[Row]:
     yield cross_entropy_row((8192, 1024), torch.bfloat16, 1.0)
     yield cross_entropy_row((8192, 1024), torch.float32, 1.0, " smoothed", label_smoothing=0.1)
     yield cross_entropy_row((4, 21, 128, 128), torch.float32, 1.0)
+    yield linear_cross_entropy_row()
+    yield linear_cross_entropy_row(chunked=True)
     for name in ("softmax", "log_softmax"):
         for shape in ((32, 10), (8192, 1024)):
             yield rows_row(name, shape)
@@ -159,6 +161,26 @@ def cross_entropy_row(
         lambda: [values(shape, dtype)], dtype, against="torch's cross_entropy",
         traffic=Traffic(size, reads=2, writes=1) if size > 1 << 20 else None, target=target, quick=shape[0] < 1000,
     )  # fmt: skip
+
+
+def linear_cross_entropy_row(chunked: bool = False) -> Row:
+    """The head of a language model: 2048 tokens, 512 features, 32,000 words; against torch's parts, or its own chunks."""
+    t = torch.randint(32_000, (2048,), generator=torch.Generator().manual_seed(1))
+
+    def stock(x: Tensor, w: Tensor) -> Tensor:
+        if chunked:
+            return F.linear_cross_entropy(x, w, t, options=torch.nn.LinearCrossEntropyOptions())
+        return F.cross_entropy(F.linear(x, w), t)
+
+    made = row(
+        f"linear_cross_entropy, 2048x512x32000{', chunked' if chunked else ''}", stock,
+        lambda x, w: ours.linear_cross_entropy(x, w, t),
+        lambda: [values((2048, 512), torch.float32), values((32_000, 512), torch.float32, 2) / 20], torch.float32,
+        against=f"torch's {'chunked linear_cross_entropy' if chunked else 'linear and cross_entropy'}",
+        target=2.5 if chunked else 1.7, quick=False,
+    )  # fmt: skip
+    made.seconds = 20.0
+    return made
 
 
 def rows_row(name: str, shape: tuple[int, ...]) -> Row:

@@ -513,6 +513,44 @@ LOSSES += [
         for r in REDUCTIONS
     ),
 ]
+
+
+def linear_cross_entropy(
+    variant: str,
+    target: Callable[..., Tensor] = hard,
+    bias: Callable[[], Tensor | None] = nothing,
+    weight: Callable[[], Tensor | None] = nothing,
+    edges: tuple[Callable[[], Inputs], ...] = (),
+    **options: object,
+) -> Row:
+    def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, w, b, t, c: f(x, w, t, linear_bias=b, weight=c, **options)
+
+    return Row(
+        f"linear_cross_entropy {variant}",
+        call(ours.linear_cross_entropy),
+        call(torch.nn.functional.linear_cross_entropy),
+        inputs=lambda: (normal(5, 4), normal(3, 4, seed=2), bias(), target(), weight()),
+        grads=(0, 1) if bias() is None else (0, 1, 2),
+        edges=edges,
+    )
+
+
+LOSSES += [
+    *(linear_cross_entropy(f"classes {r}", reduction=r) for r in REDUCTIONS),
+    linear_cross_entropy("bias weight smoothing", hard, some(3), some(3), label_smoothing=0.2),
+    linear_cross_entropy("ignore none", hard, some(3), ignore_index=1, reduction="none"),
+    linear_cross_entropy("probabilities", soft, some(3)),
+    linear_cross_entropy(
+        "edges",
+        edges=(
+            lambda: (normal(4), normal(3, 4, seed=2), None, classes(high=3), None),
+            lambda: (normal(5, 4), normal(3, 2, 4, seed=2), normal(3, 2), classes(5, 2, high=3), None),
+            lambda: (normal(0, 4), normal(3, 4, seed=2), None, classes(0, high=3), None),
+        ),
+        reduction="sum",
+    ),
+]
 ROWS = [*ACTIVATIONS, *LAYERS, *LOSSES]
 
 

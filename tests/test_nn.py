@@ -14,6 +14,7 @@ from torchcalc.formula.pointwise import FORMULAS
 
 x, t = torch.linspace(-2, 2, 12).reshape(3, 4), torch.linspace(0, 1, 12).reshape(3, 4)
 w = torch.tensor([0.5, 1.0, 2.0, 0.25])
+w5 = torch.tensor([0.5, 1.0, 2.0, 0.25, 1.5])
 CASES = {  # name: (constructor arguments, inputs)
     "Sigmoid": ({}, (x,)),
     "Tanh": ({}, (x,)),
@@ -53,6 +54,26 @@ CASES = {  # name: (constructor arguments, inputs)
     "GaussianNLLLoss": ({"full": True, "eps": 0.5, "reduction": "sum"}, (x, t, t + 0.2)),
     "BCEWithLogitsLoss": ({"weight": w, "pos_weight": 2 * w, "reduction": "sum"}, (x, t)),
     "CrossEntropyLoss": ({"weight": w, "ignore_index": 1, "label_smoothing": 0.1}, (x, torch.tensor([0, 1, 3]))),
+    "LinearCrossEntropyLoss": (
+        {
+            "in_features": 4,
+            "num_classes": 5,
+            "bias": True,
+            "weight": w5,
+            "ignore_index": 1,
+            "label_smoothing": 0.1,
+            "reduction": "sum",
+        },
+        (x, torch.tensor([0, 1, 3])),
+    ),
+    "LinearCrossEntropyLoss with torch's options": (
+        {"in_features": 4, "num_classes": 5, "options": torch.nn.LinearCrossEntropyOptions()},
+        (x, torch.tensor([0, 1, 3])),
+    ),
+    "LinearCrossEntropyLoss of two dimensions": (
+        {"in_features": 4, "num_classes": 5, "out_features": (2,)},
+        (x, torch.tensor([[0, 1], [3, 4], [2, 2]])),
+    ),
     "CrossEntropyLoss of probabilities": ({"reduction": "none"}, (x, t)),
 }
 
@@ -63,6 +84,7 @@ MODULES = {
     "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
     "cross_entropy": "CrossEntropyLoss",
     "kl_div": "KLDivLoss",
+    "linear_cross_entropy": "LinearCrossEntropyLoss",
 }
 WITHOUT_A_MODULE = {"geglu", "swiglu"}
 

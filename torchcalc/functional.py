@@ -29,6 +29,7 @@ from torchcalc.losses.gaussian_nll import gaussian_nll_loss
 from torchcalc.losses.huber import huber_loss
 from torchcalc.losses.kl_div import kl_div
 from torchcalc.losses.l1 import l1_loss
+from torchcalc.losses.linear_cross_entropy import linear_cross_entropy
 from torchcalc.losses.mse import mse_loss
 from torchcalc.losses.poisson_nll import poisson_nll_loss
 from torchcalc.losses.smooth_l1 import smooth_l1_loss
@@ -49,6 +50,7 @@ __all__ = [
     "l1_loss",
     "leaky_relu",
     "linear",
+    "linear_cross_entropy",
     "log",
     "log_softmax",
     "logsigmoid",

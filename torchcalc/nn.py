@@ -28,6 +28,7 @@ from torchcalc.losses.gaussian_nll import GaussianNLLLoss
 from torchcalc.losses.huber import HuberLoss
 from torchcalc.losses.kl_div import KLDivLoss
 from torchcalc.losses.l1 import L1Loss
+from torchcalc.losses.linear_cross_entropy import LinearCrossEntropyLoss
 from torchcalc.losses.mse import MSELoss
 from torchcalc.losses.poisson_nll import PoissonNLLLoss
 from torchcalc.losses.smooth_l1 import SmoothL1Loss
@@ -47,6 +48,7 @@ __all__ = [
     "L1Loss",
     "LeakyReLU",
     "Linear",
+    "LinearCrossEntropyLoss",
     "Log",
     "LogSigmoid",
     "LogSoftmax",

@@ -33,7 +33,7 @@ def launched(
     x: Tensor, t: Tensor, weight: Tensor | None = None, reduction: str = "mean", smoothing: float = 0.0
 ) -> Tensor:
     loss = _launched(x, t, weight, -100, reduction, smoothing)
-    assert loss is not None and type(loss.grad_fn).__name__ == "LaunchedBackward"
+    assert loss is not None and type(loss.grad_fn).__name__ == "LaunchedCrossEntropyFunctionBackward"
     return loss
 
 

@@ -254,7 +254,7 @@ class CrossEntropyFunction(Function):
         return losses.to(_result_dtype(x, target, w))
 
 
-class Launched(torch.autograd.Function):
+class LaunchedCrossEntropyFunction(torch.autograd.Function):
     """The same by kernels on a GPU, as bare as can be: (rows, classes) and the class of each row."""
 
     @staticmethod
@@ -291,7 +291,7 @@ def _launched(
         or (w is not None and (not fits([w]) or (w.requires_grad and torch.is_grad_enabled())))
     ):
         return None
-    loss: Tensor = Launched.apply(x, target, w, ignore_index, reduction, smoothing)
+    loss: Tensor = LaunchedCrossEntropyFunction.apply(x, target, w, ignore_index, reduction, smoothing)
     return loss
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchcalc.casts import cast
 from torchcalc.formula.launch import PLAIN
 from torchcalc.formula.launched import is_observed
 from torchcalc.layers.linear import linear
@@ -33,6 +34,7 @@ from torchcalc.losses.cross_entropy import cross_entropy, normalizer
 from torchcalc.native import gpu, row_kernels
 from torchcalc.native import pointwise as kernels
 from torchcalc.promotion import autocasts, widen
+from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy"]
 
@@ -68,7 +70,7 @@ def losses_of(
     return losses
 
 
-class Chunked(torch.autograd.Function):
+class LinearCrossEntropyFunction(torch.autograd.Function):
     """By chunks of tokens; of plain tensors that kernels take."""
 
     @staticmethod
@@ -163,6 +165,7 @@ def _no_class(target: Tensor, classes: int, ignore_index: int) -> str:
     return f"Target {wrong[0].item()} is out of bounds."
 
 
+@leaf
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -246,7 +249,7 @@ def linear_cross_entropy(
     tensors = [a for a in (input, linear_weight, linear_bias, target, weight) if a is not None]
     if autocasts(input) and not torch.compiler.is_compiling():
         low = torch.get_autocast_dtype(input.device.type)
-        x, w, b = (a if a is None or a.dtype == torch.float64 else a.to(low) for a in (input, *flat))
+        x, w, b = (a if a is None or a.dtype == torch.float64 else cast(a, low) for a in (input, *flat))
         assert x is not None and w is not None
         if takes(tensors, x, w, b, target, weight, ways):
             with torch.autocast(input.device.type, enabled=False):
@@ -299,16 +302,18 @@ def _chunked(
     chunk = max(1, memory // (len(w) * x.element_size()))
     recorded = torch.is_grad_enabled()
     class_weight = None if class_weight is None else class_weight.to(x.dtype).contiguous()
-    loss: Tensor = Chunked.apply(x, w, b, target.contiguous(), class_weight, ways, chunk, dtype, recorded)
+    loss: Tensor = LinearCrossEntropyFunction.apply(
+        x, w, b, target.contiguous(), class_weight, ways, chunk, dtype, recorded
+    )
     return loss
 
 
-class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss):
+class LinearCrossEntropyLoss(NotScripted, nn.LinearCrossEntropyLoss):
     """Module of :func:`linear_cross_entropy`, as ``torch.nn.LinearCrossEntropyLoss``, with the state_dict's keys of that.
 
     >>> loss = LinearCrossEntropyLoss(in_features=3, num_classes=5)
     >>> loss(torch.zeros(2, 3), torch.tensor([0, 4]))
-    tensor(1.6094, grad_fn=<ChunkedBackward>)
+    tensor(1.6094, grad_fn=<LinearCrossEntropyFunctionBackward>)
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,155 @@
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import torchcalc.nn
+from tests.functions import classes, normal, table
+from torchcalc.functional import cross_entropy, linear, linear_cross_entropy
+
+F = torch.nn.functional
+BUDGETS = (1, 1200, 1 << 26)  # bytes: one sample at a time, a few, all
+
+
+@table("linear_cross_entropy")
+def test_linear_cross_entropy(row, check):
+    check(row)
+
+
+def gradients(f, leaves, double=False, **options):
+    leaves = [
+        None if a is None else (a.double() if double else a).detach().requires_grad_(a.requires_grad) for a in leaves
+    ]
+    x, w, b = leaves
+    loss = f(x, w, linear_bias=b, **options)
+    g = torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape).to(loss.dtype)
+    return loss.detach(), *torch.autograd.grad(loss, [a for a in leaves if a is not None and a.requires_grad], g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("memory", BUDGETS)
+def test_chunks_are_the_whole(memory, reduction, dtype):
+    """For every set of arguments that need a gradient: what is frozen is not computed."""
+    target = classes(23, high=11)
+    target[::5] = -100
+    class_weight = torch.linspace(0.2, 1, 11, dtype=dtype)
+    for smoothing, weighted, frozen in itertools.product(
+        (0.0, 0.1), (False, True), ((), (0,), (1,), (0, 2), "no bias")
+    ):
+        leaves = [normal(23, 6).to(dtype), normal(11, 6, seed=1).to(dtype), normal(11, seed=2).to(dtype)]
+        for i, leaf in enumerate(leaves):
+            leaf.requires_grad_(frozen == "no bias" or i not in frozen)
+        if frozen == "no bias":
+            leaves[2] = None
+        options = dict(target=target, reduction=reduction, label_smoothing=smoothing)
+        c = class_weight if weighted else None
+        mine = gradients(linear_cross_entropy, leaves, weight=c, memory=memory, **options)
+        right = gradients(F.linear_cross_entropy, leaves, double=True, weight=c.double() if weighted else c, **options)
+        eps = torch.finfo(dtype).eps
+        for a, b in zip(mine, right, strict=True):
+            assert a.dtype == dtype
+            assert_close(a.double(), b, rtol=40 * eps, atol=120 * eps)
+
+
+def test_bfloat16_gradients_of_the_weight_are_added_in_float32():
+    """Of as many samples that a sum in bfloat16 would stand still."""
+    x, w = torch.ones(4096, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(4096, dtype=torch.int64)
+    (g,) = torch.autograd.grad(linear_cross_entropy(x, w, target, reduction="sum", memory=64), w)
+    assert g.tolist() == [[-2048.0], [2048.0]]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_backward_twice_gives_the_same(reduction):
+    x, w = normal(6, 4).requires_grad_(), normal(3, 4, seed=1).requires_grad_()
+    loss = linear_cross_entropy(x, w, classes(6, high=3), reduction=reduction).sum()
+    first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    again = torch.autograd.grad(3 * loss, (x, w))
+    assert_close([3 * g for g in first], list(again))
+    assert first[0].data_ptr() != again[0].data_ptr()
+
+
+def test_no_grad_computes_no_gradients(monkeypatch):
+    import torchcalc.losses.linear_cross_entropy as file
+
+    shares = []
+    losses_of = file.losses_of
+    monkeypatch.setattr(file, "losses_of", lambda *args: shares.append(args[-1]) or losses_of(*args))
+    x, w = normal(6, 4).requires_grad_(), normal(3, 4, seed=1)
+    with torch.no_grad():
+        linear_cross_entropy(x, w, classes(6, high=3))
+    assert shares == [None]
+    linear_cross_entropy(x, w, classes(6, high=3))
+    assert shares[1] is not None
+
+
+def test_autocast_gives_a_loss_of_float32():
+    x, w = normal(6, 4).float().requires_grad_(), normal(3, 4, seed=1).float().requires_grad_()
+    target = classes(6, high=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mine = linear_cross_entropy(x, w, target)
+        whole = cross_entropy(linear(x, w), target)
+    assert mine.dtype == torch.float32
+    assert_close(mine, whole)
+    assert_close(torch.autograd.grad(mine, (x, w)), torch.autograd.grad(whole, (x, w)), rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [3, -1])
+def test_a_target_that_is_no_class(bad):
+    with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+        linear_cross_entropy(normal(2, 4), normal(3, 4), torch.tensor([0, bad]))
+
+
+def test_what_does_not_fit_is_refused():
+    x, w, t = normal(2, 4), normal(3, 4), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"memory=0: bytes for logits, > 0"):
+        linear_cross_entropy(x, w, t, memory=0)
+    refused = {
+        "input": (x[None], w, t, {}),
+        "weight": (x, w[0], t, {}),
+        "features": (x, w[:, :3], t, {}),
+        "bias": (x, w, t, {"linear_bias": normal(4)}),
+        "dimensions": (x[0], normal(3, 2, 4), torch.tensor([0, 1]), {}),
+        "ignored": (x, w, normal(2, 3), {"ignore_index": 1}),
+    }
+    for x_, w_, t_, options in refused.values():
+        with pytest.raises(RuntimeError) as stock:
+            F.linear_cross_entropy(x_, w_, t_, **options)
+        with pytest.raises(RuntimeError) as mine:
+            linear_cross_entropy(x_, w_, t_, **options)
+        assert str(mine.value) == str(stock.value)
+
+
+def test_the_module_shares_its_weight_with_an_embedding():
+    """The usual tied head: one parameter, whose gradients add up."""
+    torch.manual_seed(0)
+    embedding, head = torch.nn.Embedding(7, 4), torchcalc.nn.LinearCrossEntropyLoss(4, 7)
+    head.linear.weight = embedding.weight
+    tokens, target = classes(5, high=7), classes(5, high=7, seed=1)
+    head(embedding(tokens), target).backward()
+    mine = embedding.weight.grad.clone()
+    embedding.weight.grad = None
+    F.cross_entropy(F.linear(embedding(tokens), embedding.weight), target).backward()
+    assert_close(mine, embedding.weight.grad)
+
+
+MEMORY = """
+import resource, torch
+from torchcalc.functional import linear_cross_entropy
+x, w = torch.randn(2048, 64, requires_grad=True), torch.randn(16384, 64, requires_grad=True)
+t = torch.randint(16384, (2048,))
+(linear_cross_entropy(x[:8], w, t[:8]) / 8).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+(linear_cross_entropy(x, w, t, memory=1 << 22) / 8).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_the_logits_are_never_there():
+    """They would be 128 MiB, and their gradient as much."""
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 32 << 20
