@@ -150,14 +150,30 @@ Tensor launched_total(const Formula& formula, TensorList inputs, double scale, a
   return out;
 }
 
-// kernel(arguments), where undefined arguments are those that it does not use; its result has the dtype given.
-Tensor compute(const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarType dtype, const double* numbers) {
+// What a kernel computes: one tensor, or the gradients of several inputs.
+using Results = c10::SmallVector<Tensor, 2>;
+
+// Memory for it where that is wanted, a bit for each. Without strides it is contiguous.
+Results results_for(
+    const Kernel& kernel, uint32_t wanted, at::IntArrayRef size, at::IntArrayRef strides, at::ScalarType dtype, Operand* out) {
+  Results results(static_cast<size_t>(kernel.outputs));
+  for (int k = 0; k < kernel.outputs; ++k) {
+    if (!(wanted >> k & 1)) continue;
+    results[k] = strides.empty() ? at::detail::empty_cpu(size, dtype) : at::detail::empty_strided_cpu(size, strides, dtype);
+    out[k] = flat(results[k]);
+  }
+  return results;
+}
+
+// kernel(arguments), where undefined arguments are those that it does not use; its results have the dtype given.
+Results compute(
+    const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarType dtype, const double* numbers, uint32_t wanted = ~0u) {
   const int count = static_cast<int>(arguments.size());
   const Tensor* like = nullptr;
   for (const Tensor& x : arguments) {
     if (x.defined() && (!like || is_one_number(*like))) like = &x;
   }
-  Operand in[max_inputs + 2];
+  Operand in[max_inputs + 2], out[max_inputs];
   bool together = like->is_non_overlapping_and_dense();
   for (int k = 0; k < count && together; ++k) {
     const Tensor& x = arguments[k];
@@ -171,15 +187,16 @@ Tensor compute(const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarT
     }
   }
   if (together) {
-    Tensor out = at::detail::empty_strided_cpu(like->sizes(), like->strides(), dtype);
-    table->apply(kernel, out.numel(), in, count, 1, flat(out), numbers, false);
-    return out;
+    Results results = results_for(kernel, wanted, like->sizes(), like->strides(), dtype, out);
+    table->apply(kernel, like->numel(), in, count, 1, out, numbers, false);
+    return results;
   }
   // Other layouts and broadcasting.
-  Tensor out;
+  Results results(static_cast<size_t>(kernel.outputs));
   at::TensorIteratorConfig config;
   config.set_check_mem_overlap(true).check_all_same_dtype(false).promote_inputs_to_common_dtype(false);
-  config.declare_static_dtype(dtype).declare_static_device(at::kCPU).add_output(out);
+  config.declare_static_dtype(dtype).declare_static_device(at::kCPU);
+  for (const Tensor& out : results) config.add_output(out);
   for (const Tensor& x : arguments) {
     if (x.defined()) config.add_const_input(x);
   }
@@ -187,20 +204,19 @@ Tensor compute(const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarT
   Number result;
   number_of(dtype, result);
   iterator.for_each([&](char** data, const int64_t* strides, int64_t n) {
-    Operand each[max_inputs + 2], to;
-    int place = 1;
+    Operand each[max_inputs + 2], to[max_inputs];
+    int place = kernel.outputs;
     for (int k = 0; k < count; ++k) {
       if (!arguments[k].defined()) continue;
       number_of(arguments[k].scalar_type(), each[k].number);
       each[k].data = data[place];
       each[k].stride = strides[place++];
     }
-    to.data = data[0];
-    to.stride = strides[0];
-    to.number = result;
+    for (int k = 0; k < kernel.outputs; ++k) to[k] = {data[k], strides[k], result};
     table->apply(kernel, n, each, count, 1, to, numbers, true);
   });
-  return iterator.output();
+  for (int k = 0; k < kernel.outputs; ++k) results[k] = iterator.output(k);
+  return results;
 }
 
 // All of one size, stretched where they broadcast, and contiguous where they do not lie alike: for reductions.
@@ -284,26 +300,47 @@ struct Backward : public Node {
 
     Tensor wide;  // of a weighted loss without reduction
     if (reduction == none && has_weight) wide = g.to(at::promote_types(g.scalar_type(), at::kFloat)).mul(weight);
-    for (int i = 0; i < n; ++i) {
-      if (!task_should_compute_output(static_cast<size_t>(i))) continue;
-      const Kernel& kernel = formula->product[i];
+    const auto compute_by = [&](const Kernel& kernel, at::ScalarType dtype, uint32_t wanted = ~0u) {
       Tensor used[max_inputs + 2];
       used[0] = wide.defined() ? wide : g;
       for (int k = 1; k < n + 2; ++k) {
         if (kernel.uses >> k & 1) used[k] = arguments[k];
       }
-      Tensor grad = reduction == none ? compute(kernel, at::ArrayRef<Tensor>(used, n + 2), dtypes[i], numbers.data())
-                                      : spread(kernel, g, weight, used, dtypes[i]);
+      return reduction == none ? compute(kernel, at::ArrayRef<Tensor>(used, n + 2), dtype, numbers.data(), wanted)
+                               : spread(kernel, g, weight, used, dtype, wanted);
+    };
+    if (const uint32_t wanted = wanted_together()) {
+      Results found = compute_by(formula->joint, dtypes[0], wanted);
+      for (int i = 0, k = 0; i < n; ++i) {
+        if (formula->product[i].of_float == nullptr) continue;
+        if (wanted >> k & 1) grads[static_cast<size_t>(i)] = std::move(found[k]);
+        ++k;
+      }
+      return grads;
+    }
+    for (int i = 0; i < n; ++i) {
+      if (!task_should_compute_output(static_cast<size_t>(i))) continue;
+      const Kernel& kernel = formula->product[i];
+      Tensor grad = compute_by(kernel, dtypes[i])[0];
       if (grad.sizes() != at::IntArrayRef(sizes[i])) {
-        if (dtypes[i] != at::kDouble && dtypes[i] != at::kFloat) {  // summed before it is rounded
-          grad = reduction == none ? compute(kernel, at::ArrayRef<Tensor>(used, n + 2), at::kFloat, numbers.data())
-                                   : spread(kernel, g, weight, used, at::kFloat);
-        }
+        if (dtypes[i] != at::kDouble && dtypes[i] != at::kFloat) grad = compute_by(kernel, at::kFloat)[0];  // rounded once
         grad = at::sum_to(grad, at::IntArrayRef(sizes[i])).to(dtypes[i]);
       }
       grads[static_cast<size_t>(i)] = std::move(grad);
     }
     return grads;
+  }
+
+  // Which outputs of the joint kernel are needed, where these are several, and nothing is summed afterwards.
+  uint32_t wanted_together() const {
+    uint32_t wanted = 0;
+    for (int i = 0, k = 0; i < formula->inputs; ++i) {
+      if (sizes[i] != sizes[0]) return 0;
+      if (formula->product[i].of_float == nullptr) continue;
+      if (task_should_compute_output(static_cast<size_t>(i))) wanted |= 1u << k;
+      ++k;
+    }
+    return (wanted & (wanted - 1)) != 0 ? wanted : 0;
   }
 
   variable_list on_gpu(const Tensor& g, const Tensor* arguments) {
@@ -337,7 +374,8 @@ struct Backward : public Node {
   }
 
   // g·weight/divisor·slope, where g is one number.
-  Tensor spread(const Kernel& kernel, const Tensor& g, const Tensor& weight, Tensor* used, at::ScalarType dtype) {
+  Results spread(
+      const Kernel& kernel, const Tensor& g, const Tensor& weight, Tensor* used, at::ScalarType dtype, uint32_t wanted) {
     const int count = formula->inputs + 2;
     c10::SmallVector<Tensor, max_inputs + 1> inputs(used + 1, used + count);
     const Tensor* like = weight.defined() ? &weight : nullptr;
@@ -352,7 +390,7 @@ struct Backward : public Node {
       for (Tensor& x : inputs) x = x.defined() ? x.expand(size).contiguous() : x;
       if (w.defined()) w = w.expand(size).contiguous();
     }
-    Operand in[max_inputs + 2];
+    Operand in[max_inputs + 2], out[max_inputs];
     double factor = g.item<double>() / divisor;
     double one = 1;
     if (w.defined()) {
@@ -366,10 +404,9 @@ struct Backward : public Node {
     for (int k = 1; k < count; ++k) {
       if (inputs[k - 1].defined()) in[k] = flat(inputs[k - 1]);
     }
-    Tensor out = alike ? at::detail::empty_strided_cpu(like->sizes(), like->strides(), dtype)
-                       : at::detail::empty_cpu(at::IntArrayRef(size), dtype);
-    table->apply(kernel, out.numel(), in, count, factor, flat(out), numbers.data(), false);
-    return out;
+    Results results = results_for(kernel, wanted, size, alike ? like->strides() : at::IntArrayRef(), dtype, out);
+    table->apply(kernel, c10::multiply_integers(size), in, count, factor, out, numbers.data(), false);
+    return results;
   }
 
   // The same by operations that torch can differentiate, transform and trace.
@@ -452,7 +489,7 @@ std::optional<Tensor> elementwise(int64_t place, TensorList inputs, at::ArrayRef
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     out = inputs[0].is_cuda() ? launched(formula, torchcalc::value, inputs, nullptr, numbers)
-                              : compute(formula.value, inputs, dtype, numbers.data());
+                              : compute(formula.value, inputs, dtype, numbers.data())[0];
   }
   if (!out.defined()) return std::nullopt;
   if (recorded) {
