@@ -23,7 +23,7 @@ from torchcalc.native import pointwise as kernels
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["elementwise", "reduced"]
+__all__ = ["elementwise", "of_halves", "reduced"]
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -47,6 +47,19 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
             launch = launch or launched.elementwise(formula)
             y = launch(*args)
         return reference(*args) if y is None else y
+
+    return apply
+
+
+def of_halves(formula: Formula, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function of two inputs, of the halves of one tensor along a dimension: (input, dim, *parameters)."""
+
+    def apply(input: Tensor, dim: int, *numbers: float) -> Tensor:
+        if not torch.compiler.is_compiling() and (place := kernels.index(formula)) >= 0:
+            y: Tensor | None = kernels.of_halves(place, input, dim, *numbers)
+            if y is not None:
+                return y
+        return function(*input.chunk(2, dim), *numbers)
 
     return apply
 

@@ -10,6 +10,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -165,9 +166,11 @@ Results results_for(
   return results;
 }
 
-// kernel(arguments), where undefined arguments are those that it does not use; its results have the dtype given.
+// kernel(arguments), where undefined arguments are those that it does not use; its results have the dtype given. They are new
+// tensors, or those given.
 Results compute(
-    const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarType dtype, const double* numbers, uint32_t wanted = ~0u) {
+    const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarType dtype, const double* numbers, uint32_t wanted = ~0u,
+    Results given = {}) {
   const int count = static_cast<int>(arguments.size());
   const Tensor* like = nullptr;
   for (const Tensor& x : arguments) {
@@ -175,6 +178,7 @@ Results compute(
   }
   Operand in[max_inputs + 2], out[max_inputs];
   bool together = like->is_non_overlapping_and_dense();
+  for (const Tensor& x : given) together = together && lies_like(x, *like);
   for (int k = 0; k < count && together; ++k) {
     const Tensor& x = arguments[k];
     if (!x.defined()) continue;
@@ -187,12 +191,14 @@ Results compute(
     }
   }
   if (together) {
-    Results results = results_for(kernel, wanted, like->sizes(), like->strides(), dtype, out);
+    for (size_t k = 0; k < given.size(); ++k) out[k] = flat(given[k]);
+    if (given.empty()) given = results_for(kernel, wanted, like->sizes(), like->strides(), dtype, out);
     table->apply(kernel, like->numel(), in, count, 1, out, numbers, false);
-    return results;
+    return given;
   }
   // Other layouts and broadcasting.
-  Results results(static_cast<size_t>(kernel.outputs));
+  Results results = std::move(given);
+  results.resize(static_cast<size_t>(kernel.outputs));
   at::TensorIteratorConfig config;
   config.set_check_mem_overlap(true).check_all_same_dtype(false).promote_inputs_to_common_dtype(false);
   config.declare_static_dtype(dtype).declare_static_device(at::kCPU);
@@ -217,6 +223,12 @@ Results compute(
   });
   for (int k = 0; k < kernel.outputs; ++k) results[k] = iterator.output(k);
   return results;
+}
+
+// One of the two halves along a dimension.
+Tensor half_of(const Tensor& x, int64_t dim, int64_t which) {
+  const int64_t n = x.size(dim) / 2;
+  return x.narrow(dim, which * n, n);
 }
 
 // All of one size, stretched where they broadcast, and contiguous where they do not lie alike: for reductions.
@@ -264,6 +276,7 @@ struct Backward : public Node {
   SavedVariable saved_y, saved_weight;
   bool has_y = false, has_weight = false;
   bool has[max_inputs] = {};
+  int64_t halved = -1;  // the dimension along which saved[0] holds both inputs: then theirs are the halves of one gradient
   Reduction reduction = none;
   double divisor = 1;  // n of a mean
   c10::SmallVector<c10::SmallVector<int64_t, 5>, 2> sizes;
@@ -283,7 +296,7 @@ struct Backward : public Node {
   variable_list apply(variable_list&& incoming) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const int n = formula->inputs;
-    variable_list grads(static_cast<size_t>(n));
+    variable_list grads(halved < 0 ? static_cast<size_t>(n) : 1);
     const Tensor& g = incoming[0];
     if (!g.defined()) return grads;
     const auto self = self_of(static_cast<Node*>(this));
@@ -293,7 +306,11 @@ struct Backward : public Node {
       if (has[i]) plain &= is_plain(arguments[1 + i] = saved[i].unpack(self));
     }
     if (has_y) plain &= is_plain(arguments[1 + n] = saved_y.unpack(self));
-    Tensor weight;
+    Tensor weight, whole;
+    if (halved >= 0) {
+      whole = arguments[1];
+      for (int i = 0; i < 2; ++i) arguments[1 + i] = half_of(whole, halved, i);
+    }
     if (has_weight) plain &= is_plain(weight = saved_weight.unpack(self));
     if (!plain || at::GradMode::is_enabled()) return differentiable(g, arguments, weight);
     if (g.is_cuda()) return on_gpu(g, arguments);
@@ -309,6 +326,13 @@ struct Backward : public Node {
       return reduction == none ? compute(kernel, at::ArrayRef<Tensor>(used, n + 2), dtype, numbers.data(), wanted)
                                : spread(kernel, g, weight, used, dtype, wanted);
     };
+    if (halved >= 0) {
+      grads[0] = at::empty_like(whole);
+      compute(
+          formula->joint, {g, arguments[1], arguments[2], Tensor()}, dtypes[0], numbers.data(), ~0u,
+          {half_of(grads[0], halved, 0), half_of(grads[0], halved, 1)});
+      return grads;
+    }
     if (const uint32_t wanted = wanted_together()) {
       Results found = compute_by(formula->joint, dtypes[0], wanted);
       for (int i = 0, k = 0; i < n; ++i) {
@@ -424,13 +448,14 @@ struct Backward : public Node {
       known.push_back(arguments[k].defined() ? std::optional<Tensor>(arguments[k]) : std::nullopt);
     }
     c10::List<bool> needed;
-    for (int i = 0; i < n; ++i) needed.push_back(task_should_compute_output(static_cast<size_t>(i)));
+    for (int i = 0; i < n; ++i) needed.push_back(halved >= 0 || task_should_compute_output(static_cast<size_t>(i)));
     static const c10::OperatorHandle operation =
         c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::differentiable_backward", "");
     torch::jit::Stack stack{
         std::string(formula->name), g, std::move(known), c10::List<double>(at::ArrayRef<double>(numbers)), needed};
     operation.callBoxed(&stack);
     const std::vector<Tensor> found = stack.at(0).toTensorVector();
+    if (halved >= 0) return {at::cat(found, halved).to(dtypes[0])};
     variable_list grads(static_cast<size_t>(n));
     size_t next = 0;
     for (int i = 0; i < n; ++i) {
@@ -496,6 +521,35 @@ std::optional<Tensor> elementwise(int64_t place, TensorList inputs, at::ArrayRef
     auto node = node_of(formula, inputs, numbers);
     torch::autograd::set_history(out, node);
     if (node->has_y) node->saved_y = SavedVariable(out, true);
+  }
+  return out;
+}
+
+// A formula of the two halves of one tensor, on CPU: its gradient is written as one, where the halves' own would be copied
+// together.
+std::optional<Tensor> of_halves(int64_t place, const Tensor& x, int64_t dim, at::ArrayRef<double> numbers) {
+  const Formula& formula = table->formulas[place];
+  if (!x.is_cpu() || !is_plain(x) || formula.inputs != 2 || formula.joint.of_float == nullptr) return std::nullopt;
+  Tensor out;
+  c10::SmallVector<Tensor, 2> halves;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (int i = 0; i < 2; ++i) halves.push_back(half_of(x, dim, i));
+    out = compute(formula.value, halves, x.scalar_type(), numbers.data())[0];
+  }
+  if (torch::autograd::compute_requires_grad(x)) {
+    auto node = make_node<Backward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x));
+    node->formula = &formula;
+    node->numbers.assign(numbers.begin(), numbers.end());
+    node->halved = dim;
+    for (const Tensor& half : halves) {
+      node->sizes.emplace_back(half.sizes().begin(), half.sizes().end());
+      node->dtypes.push_back(x.scalar_type());
+    }
+    node->saved[0] = SavedVariable(x, false);
+    node->has[0] = true;
+    torch::autograd::set_history(out, node);
   }
   return out;
 }
@@ -618,6 +672,25 @@ PyObject* py_elementwise(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// of_halves(place, input, dim, *numbers)
+PyObject* py_of_halves(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::SmallVector<Tensor, max_inputs> inputs;
+  Numbers numbers;
+  if (count < 3 || is_observed() || !read_inputs(args + 1, 1, inputs) || !read_numbers(args + 3, count - 3, numbers)) {
+    Py_RETURN_NONE;
+  }
+  const int64_t place = PyLong_AsLongLong(args[0]), dim = PyLong_AsLongLong(args[2]);
+  if (dim == -1 && PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = of_halves(place, inputs[0], dim < 0 ? dim + inputs[0].dim() : dim, numbers);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 // reduced(place, *inputs, weight or None, reduction, by_weight, *numbers)
 PyObject* py_reduced(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -706,6 +779,7 @@ PyObject* py_connect(PyObject*, PyObject* address) {
 
 PyMethodDef methods[] = {
     {"elementwise", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_elementwise)), METH_FASTCALL, nullptr},
+    {"of_halves", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_of_halves)), METH_FASTCALL, nullptr},
     {"reduced", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_reduced)), METH_FASTCALL, nullptr},
     {"saved", py_saved, METH_O, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},
