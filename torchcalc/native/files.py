@@ -44,7 +44,9 @@ FLAGS = [
 ]
 #: Of loops that are generated, where the compiler has them: GCC does, Clang needs none of them.
 LOOP_FLAGS = [
-    "-fno-tree-pre",  # it makes selects of truth values from ours, which GCC then does not vectorise
+    # Both make control flow of our selects, or selects of truth values, and GCC then leaves the loop scalar.
+    "-fno-tree-pre",
+    "-fno-thread-jumps",
     "-fschedule-insns",  # a function is one long chain: two elements' instructions between each other run side by side
     "-fsched-pressure",
     "--param=vect-epilogues-nomask=0",  # a few numbers at the end of a block are not worth a second vector loop
