@@ -43,7 +43,7 @@ def rows() -> Iterator[Row]:
             yield function_row(name, (size,), torch.float32)
         yield function_row(name, (SIZES[-1],), torch.bfloat16)
     yield function_row("gelu", (SIZES[-1],), torch.float32, " tanh", approximate="tanh")
-    for name in ("swiglu", "geglu"):
+    for name in ("glu", "swiglu", "geglu"):
         yield function_row(name, (32,), torch.float32, inputs=2)
         yield function_row(name, (SIZES[-1],), torch.float32, inputs=2)
     for name in LOSSES:
@@ -118,6 +118,8 @@ def function_row(
 
     def make() -> list[Tensor]:
         xs = [values(shape, dtype, k) for k in range(inputs)]
+        if name == "glu":  # of halves
+            return [torch.cat(xs)]
         return [x.abs() + 0.1 for x in xs] if name == "log" else xs
 
     large = shape[0] > 10_000

@@ -4,6 +4,7 @@ import copy
 import gc
 import multiprocessing
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -74,6 +75,68 @@ def test_kernels_are_the_formula(layout, dtype):
             assert_close(mine.double(), true, rtol=tolerance, atol=4 * tolerance)
             assert mine.dtype == dtype
         assert y.stride() == stock(leaf).stride()
+
+
+@pytest.mark.parametrize("n", [2**16, 2**16 - 1, 7, 1])
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "abs", "square"])
+def test_every_bfloat16_number(name, n):
+    """What is widened and rounded in registers is what torch computes, NaN and infinities too."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[-n:]
+    f, stock = getattr(F, name), getattr(torch.nn.functional, name, None) or getattr(torch, name)
+    results = []
+    for function in (f, stock):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        results.append((y.detach(), *torch.autograd.grad(y, leaf, x.flip(0))))
+    for mine, theirs in zip(*results, strict=True):
+        assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+T = torch.nn.functional
+#: Of several inputs: ours, torch's, and which arguments get a gradient.
+SEVERAL = {
+    "swiglu": (F.swiglu, lambda a, b: T.silu(a) * b, (0, 1)),
+    "geglu": (F.geglu, lambda a, b: T.gelu(a) * b, (0, 1)),
+    "mse none": (partial(F.mse_loss, reduction="none"), partial(T.mse_loss, reduction="none"), (0, 1)),
+    "mse weighted": (lambda x, t, w: F.mse_loss(x, t, weight=w), lambda x, t, w: T.mse_loss(x, t, weight=w), (0, 1)),
+    "gaussian": (F.gaussian_nll_loss, T.gaussian_nll_loss, (0, 1, 2)),
+    "gaussian, no target": (F.gaussian_nll_loss, T.gaussian_nll_loss, (0, 2)),
+    "bce": (
+        lambda x, t, p: F.binary_cross_entropy_with_logits(x, t, pos_weight=p, reduction="sum"),
+        lambda x, t, p: T.binary_cross_entropy_with_logits(x, t, pos_weight=p, reduction="sum"),
+        (0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_gradients_of_several_inputs_at_once(name, dtype):
+    """They are those of each input alone, to the bit, and torch's of float64 within roundings."""
+    f, stock, places = SEVERAL[name]
+    n = 2 if name in ("swiglu", "geglu", "mse none") else 3
+    for layout in layouts(dtype):
+        x = layouts(dtype)[layout]
+        given = [x, *(normal_like(x, seed) for seed in range(1, n))]
+        given[2:] = [x.abs() + 0.5 for x in given[2:]]
+        leaves = [x.detach().requires_grad_(i in places) for i, x in enumerate(given)]
+        wide = [x.detach().double().requires_grad_(i in places) for i, x in enumerate(given)]
+        y, truth = f(*leaves), stock(*wide)
+        assert made_by_a_node(y)
+        g = normal(*y.shape, dtype=dtype, seed=9)
+        together = torch.autograd.grad(y, [leaves[i] for i in places], g, retain_graph=True)
+        true = torch.autograd.grad(truth, [wide[i] for i in places], g.double(), allow_unused=True)
+        eps = torch.finfo(dtype).eps
+        for i, grad, expected in zip(places, together, true, strict=True):
+            (alone,) = torch.autograd.grad(y, leaves[i], g, retain_graph=True)
+            assert torch.equal(grad, alone) and grad.stride() == alone.stride()
+            assert_close(grad.double(), expected, rtol=8 * eps, atol=32 * eps)
+
+
+def normal_like(x: Tensor, seed: int) -> Tensor:
+    """Other numbers, as they lie."""
+    other = normal(*x.shape, dtype=x.dtype, seed=seed)
+    return torch.empty_like(x).copy_(other) if x.numel() else x
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

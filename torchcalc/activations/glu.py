@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from torchcalc.activations import gelu, silu
 from torchcalc.formula import Term, pointwise
+from torchcalc.formula.dispatch import of_halves
+from torchcalc.formula.pointwise import FORMULAS
 from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["GLU", "geglu", "glu", "swiglu"]
@@ -63,6 +65,7 @@ def geglu_slope_b(a: Term) -> Term:
 
 
 _glu = pointwise("GLU", value, slope_a, slope_b)
+_glu_of_halves = of_halves(FORMULAS["GLU"], _glu)
 _swiglu = pointwise("SwiGLU", swiglu_value, swiglu_slope_a, swiglu_slope_b)
 _geglu = pointwise("GEGLU", geglu_value, geglu_slope_a, geglu_slope_b)
 
@@ -95,7 +98,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     if (size := input.size(dim)) % 2:
         at = dim % input.dim()
         raise RuntimeError(f"Halving dimension must be even, but dimension {at} is size {size}")
-    return _glu(*input.chunk(2, dim))  # whose backward writes each half once
+    return _glu_of_halves(input, dim)
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:

@@ -20,8 +20,14 @@ __all__ = ["Softplus", "softplus"]
 
 def log_1p_exp(z: Term) -> Term:
     """log(1 + eᶻ)."""
+    return log_1p_exp_of_both(z)[0]
+
+
+def log_1p_exp_of_both(z: Term) -> tuple[Term, Term]:
+    """log(1 + eᶻ) and log(1 + e⁻ᶻ), which share the logarithm."""
     # Not -|z|, whose derivative torch takes to be 0 at 0; that of maximum is 1 there.
-    return maximum(z, 0) + where(z >= 0, -z, z).exp().log1p()
+    rest = where(z >= 0, -z, z).exp().log1p()
+    return maximum(z, 0) + rest, where(z >= 0, 0, -z) + rest
 
 
 def value(x: Term, *, beta: float, threshold: float) -> Term:

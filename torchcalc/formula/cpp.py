@@ -1,4 +1,4 @@
-"""C++ from expressions: the table of operations, and the text of loops over blocks of elements.
+"""C++ from expressions: the table of operations, and the text of what a loop does with one element.
 
 The functions are those of ``native/csrc/math.h``; ``T`` is float or double, ``Fma`` whether the machine fuses multiply
 and add.
@@ -62,53 +62,61 @@ CPP = Language(
 )
 
 
-def kernel(name: str, arguments: Sequence[str], parameters: Sequence[str], expression: Expression) -> str:
-    """The struct of one kernel (see ``native/csrc/pointwise.h``): a loop that computes the expression.
+def kernel(name: str, arguments: Sequence[str], parameters: Sequence[str], outputs: Sequence[Expression]) -> str:
+    """The struct of one kernel: what it makes of one element of each array. ``native/csrc/pointwise.h`` has the loops.
 
     Args:
         name: of the struct.
         arguments: names of the arrays, in the order in which they are given at run time.
         parameters: names of the numbers, likewise.
-        expression: of these.
+        outputs: expressions of these; what they share is computed once.
     """
 
     def called(e: Expression) -> str:
         return f"x_{e.args[0]}" if e.op == "input" else f"p_{e.args[0]}"
 
-    code = assignments({"out": expression}, CPP, called)
+    code = assignments({f"y[{k}]": e for k, e in enumerate(outputs)}, CPP, called)
+    inputs, numbers = (
+        set[str]().union(*(e.inputs() for e in outputs)),
+        set[str]().union(*(e.parameters() for e in outputs)),
+    )
+    read = [(i, argument) for i, argument in enumerate(arguments) if argument in inputs]
     used = {a.name for a in code.uniform if any(_uses(a.name, b.text) for b in code.element)} | set(
         code.results.values()
     )
-    body = [
-        *(f"const double p_{p} = parameters[{i}];" for i, p in enumerate(parameters) if p in expression.parameters()),
+
+    def type_of(e: Expression) -> str:
+        return "bool" if e.is_condition else "T"
+
+    uniform = [
+        *(f"const double p_{p} = parameters[{i}];" for i, p in enumerate(parameters) if p in numbers),
         *(
             f"const {'bool' if a.expression.is_condition else 'double'} {a.name}_ = {_uniform(a.text)};"
             for a in code.uniform
         ),
         *(
-            f"const {'bool' if a.expression.is_condition else 'T'} {a.name} = "
+            f"const {type_of(a.expression)} {a.name} = "
             f"{a.name + '_' if a.expression.is_condition else f'number<T>({a.name}_)'};"
             for a in code.uniform
             if a.name in used
         ),
-        *(f"const T* const a_{name} = in[{i}];" for i, name in enumerate(arguments) if name in expression.inputs()),
-        "TC_INDEPENDENT",
-        "for (int64_t i = 0; i < n; ++i) {",
-        *(f"  const T x_{name} = a_{name}[i];" for name in arguments if name in expression.inputs()),
-        *(f"  const {'bool' if a.expression.is_condition else 'T'} {a.name} = {a.text};" for a in code.element),
-        f"  out[i] = {code.results['out']};",
-        "}",
     ]
-    lines = "\n".join("    " + line for line in body)
+    element = [
+        *(f"const {type_of(a.expression)} {a.name} = {a.text};" for a in code.element),
+        *(f"{y} = {result};" for y, result in code.results.items()),
+    ]
     return (
-        f"// {expression}\n"
-        f"struct {name} {{\n"
+        "".join(f"// {e}\n" for e in outputs) + f"struct {name} {{\n"
+        f"  static constexpr int outputs = {len(outputs)}, arguments[] = {{{', '.join(str(i) for i, _ in read) or '-1'}}};\n"
+        f"  using Inputs = std::make_index_sequence<{len(read)}>;\n"
+        f"  static constexpr bool heavy = {'true' if any(map(is_heavy, outputs)) else 'false'};\n"
         "  template <class T, bool Fma>\n"
-        "  static TC_INLINE void run(int64_t n, const T* const* in, T* out, const double* parameters) {\n"
-        "    (void)in, (void)parameters;\n"
-        f"{lines}\n"
-        "  }\n"
-        "};\n"
+        "  static TC_INLINE auto element(const double* parameters) {\n"
+        "    (void)parameters;\n"
+        + "".join(f"    {line}\n" for line in uniform)
+        + f"    return [=]({''.join(f'T x_{argument}, ' for _, argument in read)}T* y) TC_INLINE_LAMBDA {{\n"
+        + "".join(f"      {line}\n" for line in element)
+        + "    };\n  }\n};\n"
     )
 
 

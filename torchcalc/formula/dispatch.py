@@ -27,7 +27,7 @@ from torchcalc.tracing import tracer_of
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["elementwise", "is_built", "reduced"]
+__all__ = ["elementwise", "is_built", "of_halves", "reduced"]
 
 
 def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -60,6 +60,19 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
             node: Any = tracer.create_proxy("call_function", apply, args, {})  # not the reference, which is slower
             return node
         return reference(*args)
+
+    return apply
+
+
+def of_halves(formula: Formula, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function of two inputs, of the halves of one tensor along a dimension: (input, dim, *parameters)."""
+
+    def apply(input: Tensor, dim: int, *numbers: float) -> Tensor:
+        if not torch.compiler.is_compiling() and (place := kernels.index(formula)) >= 0:
+            y: Tensor | None = kernels.of_halves(place, input, dim, *numbers)
+            if y is not None:
+                return y
+        return function(*input.chunk(2, dim), *numbers)
 
     return apply
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torchcalc.formula.cpp import is_heavy, kernel
+from torchcalc.formula.cpp import kernel
 from torchcalc.formula.dispatch import is_built
-from torchcalc.formula.expression import Expression
 from torchcalc.formula.pointwise import FORMULAS, Formula
 
 __all__ = ["sources"]
@@ -30,7 +29,7 @@ def sources() -> dict[str, str]:
 
 def file_of(formulas: list[Formula]) -> str:
     """One file: the kernels and their entries in the table."""
-    kernels = "\n".join(map(kernels_of, formulas))
+    kernels = "\n".join(text for f in formulas for text in kernels_of(f).values())
     entries = "\n".join(f"const Registered {f.name}_registered({entry_of(f)});" for f in formulas)
     return (
         '// Generated from formulas.\n#include "math.h"\n#include "pointwise.h"\n\n'
@@ -38,27 +37,27 @@ def file_of(formulas: list[Formula]) -> str:
     )
 
 
-def kernels_of(f: Formula) -> str:
-    structs = [kernel(f"{f.name}_value", f.inputs, f.parameters, f.expression)]
-    structs += [
-        kernel(f"{f.name}_product_{i}", ("g", *f.inputs, "y"), f.parameters, product)
-        for i, product in enumerate(f.products)
-        if product is not None
-    ]
-    return "\n".join(structs)
+def kernels_of(f: Formula) -> dict[str, str]:
+    """Name → text, in the order of a Formula of ``pointwise.h``: the value, all gradients together, each by itself."""
+    known, products = ("g", *f.inputs, "y"), [p for p in f.products if p is not None]
+    found = {f"{f.name}_value": kernel(f"{f.name}_value", f.inputs, f.parameters, [f.expression])}
+    if len(products) > 1:
+        found[f"{f.name}_joint"] = kernel(f"{f.name}_joint", known, f.parameters, products)
+    for i, product in enumerate(f.products):
+        if product is not None:
+            found[f"{f.name}_product_{i}"] = kernel(f"{f.name}_product_{i}", known, f.parameters, [product])
+    return found
 
 
 def entry_of(f: Formula) -> str:
     """A Formula of ``pointwise.h``."""
+    names = kernels_of(f)
 
-    def entry(name: str, arguments: tuple[str, ...], e: Expression | None) -> str:
-        if e is None:
-            return "{}"
-        uses = sum(1 << i for i, argument in enumerate(arguments) if argument in e.inputs())
-        return f"kernel_of<{name}>({uses}u, {'true' if is_heavy(e) else 'false'})"
+    def entry(name: str) -> str:
+        return f"kernel_of<{name}>()" if name in names else "{}"
 
-    products = ", ".join(
-        entry(f"{f.name}_product_{i}", ("g", *f.inputs, "y"), product) for i, product in enumerate(f.products)
+    products = ", ".join(entry(f"{f.name}_product_{i}") for i in range(len(f.products)))
+    return (
+        f'{{"{f.name}", "{f.hash}", {len(f.inputs)}, {entry(f"{f.name}_value")}, {entry(f"{f.name}_joint")}, '
+        f"{{{products}}}}}"
     )
-    value = entry(f"{f.name}_value", f.inputs, f.expression)
-    return f'{{"{f.name}", "{f.hash}", {len(f.inputs)}, {value}, {{{products}}}}}'

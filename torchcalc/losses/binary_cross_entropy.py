@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
 
-from torchcalc.activations.softplus import log_1p_exp
+from torchcalc.activations.softplus import log_1p_exp_of_both
 from torchcalc.formula import Term, loss, maximum, times, where
 from torchcalc.losses.reduction import resolve
 from torchcalc.promotion import autocasts
@@ -45,7 +45,8 @@ __all__ = ["BCELoss", "BCEWithLogitsLoss", "binary_cross_entropy", "binary_cross
 
 
 def value(x: Term, t: Term) -> Term:
-    return times(t, log_1p_exp(-x)) + times(1 - t, log_1p_exp(x))  # (1)
+    s, s_of_minus_x = log_1p_exp_of_both(x)
+    return times(t, s_of_minus_x) + times(1 - t, s)  # (1)
 
 
 def slope_x(x: Term, t: Term) -> Term:
@@ -57,7 +58,8 @@ def slope_t(x: Term) -> Term:
 
 
 def weighted_value(x: Term, t: Term, p: Term) -> Term:
-    return times(p * t, log_1p_exp(-x)) + times(1 - t, log_1p_exp(x))  # (1)
+    s, s_of_minus_x = log_1p_exp_of_both(x)
+    return times(p * t, s_of_minus_x) + times(1 - t, s)  # (1)
 
 
 def weighted_slope_x(x: Term, t: Term, p: Term) -> Term:
@@ -65,11 +67,12 @@ def weighted_slope_x(x: Term, t: Term, p: Term) -> Term:
 
 
 def weighted_slope_t(x: Term, p: Term) -> Term:
-    return times(p, log_1p_exp(-x)) - log_1p_exp(x)  # (3)
+    s, s_of_minus_x = log_1p_exp_of_both(x)
+    return times(p, s_of_minus_x) - s  # (3)
 
 
 def slope_p(x: Term, t: Term) -> Term:
-    return times(t, log_1p_exp(-x))  # (4)
+    return times(t, log_1p_exp_of_both(x)[1])  # (4)
 
 
 def probability_value(q: Term, t: Term) -> Term:

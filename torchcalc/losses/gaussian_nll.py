@@ -86,7 +86,7 @@ def gaussian_nll_loss(
     """
     if not isinstance(var, Tensor):
         var = torch.full((), var, dtype=input.dtype, device=input.device).expand(input.shape)
-    if _may_be_read(var) and torch.any(var < 0):
+    if _may_be_read(var) and _has_negative(var):
         raise ValueError("var has negative entry/entries")
     if var.size() != input.size():
         if input.size()[:-1] == var.size():
@@ -104,6 +104,14 @@ def gaussian_nll_loss(
 def _may_be_read(x: Tensor) -> bool:
     """Whether there are numbers to look at, and an answer may depend on them."""
     return not (torch.compiler.is_compiling() or _are_functorch_transforms_active() or x.is_meta)
+
+
+def _has_negative(x: Tensor) -> bool:
+    """Whether a number is < 0: the least one tells, in one pass, unless it is NaN."""
+    if x.numel() == 0:
+        return False
+    least = x.detach().min().item()
+    return least < 0 or (least != least and bool((x < 0).any()))
 
 
 class GaussianNLLLoss(NotScripted, nn.GaussianNLLLoss):

@@ -155,13 +155,16 @@ def _compile(kernels: Path | None, nodes: Path | None, generated: dict[str, str]
     compiling: dict[str, Job] = {}  # by the object's name
     objects: dict[Path, list[str]] = {}  # of each library
 
+    loop_flags = files.LOOP_FLAGS if _understands(cxx, files.LOOP_FLAGS, work) else []
+
     def add(library: Path, sources: Iterable[Path], *flags: str) -> None:
         for path in sources:
             name = f"{path.parent.name}-{path.stem}.o"
             objects.setdefault(library, []).append(name)
-            # Only where it is asked for: it changes with every source.
-            told = [f'-DTORCHCALC_SOURCE_HASH="{files.source_hash()}"'] if path.stem == "library" else []
-            command = [*cxx, *flags, *told, *include, "-c", str(path), "-o", name]
+            own = loop_flags if path.parent.name == "generated" else []
+            if path.stem == "library":  # only where it is asked for: it changes with every source
+                own = [f'-DTORCHCALC_SOURCE_HASH="{files.source_hash()}"']
+            command = [*cxx, *flags, *own, *include, "-c", str(path), "-o", name]
             compiling[name] = Job(command, optional=library == nodes)
 
     # The longest first, so that no processor waits for one at the end: torch's headers take 20 s, else the length tells.
@@ -205,6 +208,15 @@ def _compile(kernels: Path | None, nodes: Path | None, generated: dict[str, str]
     except Failed as error:
         raise BuildError(_why(error)) from error
     return _why(failed) if failed else ""
+
+
+def _understands(cxx: list[str], flags: list[str], work: Path) -> bool:
+    """Whether the compiler takes these flags without a word."""
+    probe = Job([*cxx, *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull], optional=True)
+    try:
+        return run([probe], work) is None
+    except OSError:  # no such compiler: the build will say so
+        return False
 
 
 def _store() -> Path | None:

@@ -42,6 +42,15 @@ FLAGS = [
     "-Wextra",
     f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000ULL",
 ]
+#: Of loops that are generated, where the compiler has them: GCC does, Clang needs none of them.
+LOOP_FLAGS = [
+    # Both make control flow of our selects, or selects of truth values, and GCC then leaves the loop scalar.
+    "-fno-tree-pre",
+    "-fno-thread-jumps",
+    "-fschedule-insns",  # a function is one long chain: two elements' instructions between each other run side by side
+    "-fsched-pressure",
+    "--param=vect-epilogues-nomask=0",  # a few numbers at the end of a block are not worth a second vector loop
+]
 NODE_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
@@ -59,7 +68,7 @@ def source_hash() -> str:
     16
     """
     files = [path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h")]
-    return _hash(FLAGS, ((path.name, path.read_bytes()) for path in files))
+    return _hash([*FLAGS, *LOOP_FLAGS], ((path.name, path.read_bytes()) for path in files))
 
 
 def node_hash() -> str:

@@ -18,7 +18,7 @@ from torchcalc import native
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["REDUCTIONS", "elementwise", "enter_launch", "index", "reduced", "rows", "saved"]
+__all__ = ["REDUCTIONS", "elementwise", "enter_launch", "index", "of_halves", "reduced", "rows", "saved"]
 
 #: torch's numbers for them.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -26,8 +26,10 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _indices: dict[str, int] = {}
 _connected: bool | None = None
 
-#: elementwise(index, *inputs, *numbers), reduced(index, *inputs, weight or None, reduction, by_weight, *numbers)
+#: elementwise(index, *inputs, *numbers), of_halves(index, input, dim, *numbers),
+#: reduced(index, *inputs, weight or None, reduction, by_weight, *numbers)
 elementwise: Any
+of_halves: Any
 reduced: Any
 #: enter_launch(place, kind, dtype, device's index, function, threads, shared memory, block, parameters, numbers)
 enter_launch: Any
@@ -57,7 +59,7 @@ def saved(node: Any) -> list[Any] | None:
 
 def _connect() -> bool:
     """Give the nodes the table of kernels, and the formulas for backward of backward."""
-    global _connected, _nodes, elementwise, reduced, enter_launch
+    global _connected, _nodes, elementwise, of_halves, reduced, enter_launch
     if _connected is None:
         _nodes = native.nodes()
         _connected = _nodes is not None
@@ -65,7 +67,8 @@ def _connect() -> bool:
             library = ctypes.CDLL(str(native.library()))
             library.torchcalc_table.restype = ctypes.c_void_p
             _nodes.connect(library.torchcalc_table())
-            elementwise, reduced, enter_launch = _nodes.elementwise, _nodes.reduced, _nodes.enter_launch
+            elementwise, of_halves = _nodes.elementwise, _nodes.of_halves
+            reduced, enter_launch = _nodes.reduced, _nodes.enter_launch
             _register_second_derivatives()
     return _connected
 

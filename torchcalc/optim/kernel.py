@@ -62,10 +62,10 @@ def step(
             return UNSUPPORTED, None  # before anything is counted: the rule may raise
         new = set(first)
         owns = [optimizer.advance(state, group, hyper, i in new) for i, state in enumerate(states)]
-        own = owns[0]
+        own, way = owns[0], _way(owns[0])
         for other in owns:
             scalars += _numbers(other)
-            if len(own) != len(other) or _way(own) != _way(other):
+            if len(own) != len(other) or way != _way(other):
                 return UNSUPPORTED, owns  # they go different ways through the rule
         hyper = {name: x for name, x in hyper.items() if name not in own}
     number = find(optimizer.rule, slots, own, hyper)

@@ -15,13 +15,15 @@ Reference: Dozat 2016, "Incorporating Nesterov momentum into Adam", ICLR worksho
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from torchcalc.optim.arguments import documented, takes_defaults
 from torchcalc.optim.checks import check_at_least_zero, check_betas, check_one_element
-from torchcalc.optim.optimizer import Optimizer, ParamsT, read, to_scalar
+from torchcalc.optim.optimizer import Optimizer, ParamsT, is_readable, read, to_scalar
 from torchcalc.optim.tensor_list import Scalar, Vector, add_product_, add_ratio_, add_scaled, as_real, average_
 
 __all__ = ["NAdam"]
@@ -55,6 +57,18 @@ def nadam(
     s = v.div(1 - b2**t).sqrt().add_(eps)
     add_ratio_(p, g, s, -lr * (1.0 - mu) / (1.0 - mu_product))  # (4)
     add_ratio_(p, m, s, (-lr * mu_next) / (1.0 - mu_product * mu_next))  # (4)
+
+
+def momenta(t: Scalar, b1: Scalar, psi: float) -> tuple[Scalar, Scalar]:
+    """(μₜ, μₜ₊₁) of (2)."""
+    return b1 * (1.0 - 0.5 * (0.96 ** (t * psi))), b1 * (1.0 - 0.5 * (0.96 ** ((t + 1) * psi)))
+
+
+@functools.lru_cache(maxsize=16)
+def known_momenta(t: float, b1: float, psi: float, dtype: torch.dtype) -> tuple[float, float, Tensor]:
+    """The same of numbers; and μₜ as a tensor, by which a tensor is multiplied in a third of the time of a number."""
+    mu, mu_next = momenta(t, b1, psi)
+    return mu, mu_next, torch.tensor(mu, dtype=dtype, device="cpu")
 
 
 @documented
@@ -131,10 +145,12 @@ class NAdam(Optimizer):
         self, state: dict[str, Any], group: dict[str, Any], hyper: dict[str, Any], first: bool
     ) -> dict[str, Any]:
         t = super().advance(state, group, hyper, first)["t"]
-        psi = group["momentum_decay"]
-        mu = hyper["b1"] * (1.0 - 0.5 * (0.96 ** (t * psi)))  # (2)
-        mu_next = hyper["b1"] * (1.0 - 0.5 * (0.96 ** ((t + 1) * psi)))
-        product = state["mu_product"]
+        b1, psi, product = hyper["b1"], group["momentum_decay"], state["mu_product"]
+        if type(t) is float and type(b1) is float and is_readable(product):  # the same for all tensors
+            mu, mu_next, factor = known_momenta(t, b1, psi, product.dtype)
+            product *= factor
+            return {"t": t, "mu": mu, "mu_next": mu_next, "mu_product": product.item()}
+        mu, mu_next = momenta(t, b1, psi)
         if group["differentiable"]:
             state["mu_product"] = (product * mu).to(product.dtype)
         else:

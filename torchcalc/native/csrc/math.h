@@ -59,9 +59,25 @@ TC_INLINE T polynomial(T x, const T (&c)[N]) {
   }
 }
 
+// The same, even and odd powers apart: two chains of half the length, for long polynomials.
+template <bool Fma, int First, class T, int N>
+TC_INLINE T every_other(T square, const T (&c)[N]) {
+  if constexpr (First + 2 >= N) {
+    return c[First];
+  } else {
+    return fma<Fma>(every_other<Fma, First + 2>(square, c), square, c[First]);
+  }
+}
+template <bool Fma, class T, int N>
+TC_INLINE T in_two_chains(T x, const T (&c)[N]) {
+  const T square = x * x;
+  return fma<Fma>(every_other<Fma, 1>(square, c), x, every_other<Fma, 0>(square, c));
+}
+
 template <class T>
 TC_INLINE T power_of_2(typename Format<T>::Int n) {
-  return bit_cast<T>(static_cast<typename Format<T>::Int>((n + Format<T>::bias) << Format<T>::mantissa));
+  using Bits = std::make_unsigned_t<typename Format<T>::Int>;  // which may overflow: what is made of it is not used then
+  return bit_cast<T>(static_cast<Bits>((static_cast<Bits>(n) + Bits(Format<T>::bias)) << Format<T>::mantissa));
 }
 
 // x = n·ln 2 + r, |r| <= ln(2)/2.
@@ -71,7 +87,8 @@ TC_INLINE typename Format<T>::Int reduce(T x, T& r) {
   const T shifted = fma<Fma>(x, F::log2e, F::round_to_int);
   const T n = shifted - F::round_to_int;
   r = fma<Fma>(n, -F::ln2_low, fma<Fma>(n, -F::ln2_high, x));
-  return bit_cast<typename F::Int>(shifted) - bit_cast<typename F::Int>(F::round_to_int);
+  using Bits = std::make_unsigned_t<typename F::Int>;
+  return static_cast<typename F::Int>(bit_cast<Bits>(shifted) - bit_cast<Bits>(F::round_to_int));
 }
 
 // (eʳ − 1 − r)/r² for |r| <= ln(2)/2.
@@ -92,13 +109,14 @@ TC_INLINE double exp_rest(double r) {  // 2e-19
 template <bool Fma, class T>
 TC_INLINE T exp(T x) {
   using F = Format<T>;
-  x = x > F::exp_highest ? F::exp_highest : x;  // a NaN stays
-  x = x < F::exp_lowest ? F::exp_lowest : x;
   T r;
   const auto n = reduce<Fma>(x, r);
   const T e = fma<Fma>(r * r, exp_rest<Fma>(r), r) + T(1);
   const auto half = n >> 1;  // in two factors: 2ⁿ itself may overflow, or be subnormal
-  return e * power_of_2<T>(half) * power_of_2<T>(n - half);
+  T result = e * power_of_2<T>(half) * power_of_2<T>(n - half);
+  // At the end, beside the chain of operations and not before it. A NaN stays.
+  result = x > F::exp_highest ? infinity<T> : result;
+  return x < F::exp_lowest ? T(0) : result;
 }
 
 // The same for x <= 0, with 0 for what is below the least normal number: a third less to do.
@@ -114,13 +132,13 @@ template <bool Fma, class T>
 TC_INLINE T expm1(T x) {
   using F = Format<T>;
   const T low = std::is_same_v<T, float> ? T(-20) : T(-40);  // −1 from there on
-  T y = x > F::exp_highest ? F::exp_highest : x;
-  y = y < low ? low : y;
   T r;
-  const auto n = reduce<Fma>(y, r);
+  const auto n = reduce<Fma>(x, r);
   const T p = fma<Fma>(r * r, exp_rest<Fma>(r), r);
   const T s = power_of_2<T>(n - 1);  // 2·(s·p + (s − ½)) = 2ⁿ·eʳ − 1
-  const T result = T(2) * fma<Fma>(s, p, s - T(0.5));
+  T result = T(2) * fma<Fma>(s, p, s - T(0.5));
+  result = x > F::exp_highest ? infinity<T> : result;
+  result = x < low ? T(-1) : result;
   return magnitude(x) < T(1e-18) ? x : result;
 }
 
@@ -138,25 +156,22 @@ TC_INLINE double log_rest(double z) {
   return polynomial<Fma>(z, c);
 }
 
-// log(x) + c/x for x > 0, where c is what rounding has cut off from x.
+// log(x) + c for x > 0, where c is small: what rounding has cut off from x, divided by x.
 template <bool Fma, class T>
-TC_INLINE T log_of_positive(T x, T c) {
+TC_INLINE T log_of_normal(T x, T n, T c) {
   using F = Format<T>;
   using Int = typename F::Int;
-  const bool tiny = x < F::least_normal;
-  const T scaled = tiny ? x * power_of_2<T>(F::mantissa + 1) : x;
   const Int root_half = bit_cast<Int>(T(0x1.6a09e667f3bcdp-1));
-  const Int bits = bit_cast<Int>(scaled) - root_half;
+  const Int bits = bit_cast<Int>(x) - root_half;
   const Int exponent = bits >> F::mantissa;
   const T f = bit_cast<T>(static_cast<Int>((bits & ((Int(1) << F::mantissa) - 1)) + root_half)) - T(1);
   // The exponent as a number, by adding it to the bits of a large one: converting int64 is not vectorised on AVX2.
-  const T n = bit_cast<T>(static_cast<Int>(exponent + bit_cast<Int>(F::round_to_int))) - F::round_to_int -
-              (tiny ? T(F::mantissa + 1) : T(0));
+  n = bit_cast<T>(static_cast<Int>(exponent + bit_cast<Int>(F::round_to_int))) - F::round_to_int - n;
   const T s = f / (T(2) + f);
   const T z = s * s;
   const T half_square = T(0.5) * f * f;
   const T rest = s * fma<Fma>(log_rest<Fma>(z), z, half_square);  // log(1 + f) = f − f²/2 + s·(f²/2 + z·R(z))
-  const T low = fma<Fma>(n, F::ln2_low, c / x);
+  const T low = fma<Fma>(n, F::ln2_low, c);
   return fma<Fma>(n, F::ln2_high, f - (half_square - (rest + low)));
 }
 
@@ -170,14 +185,18 @@ TC_INLINE T log_of_special(T x, T log) {
 
 template <bool Fma, class T>
 TC_INLINE T log(T x) {
-  return log_of_special(x, log_of_positive<Fma>(x, T(0)));
+  using F = Format<T>;
+  const bool tiny = x < F::least_normal;
+  const T by = tiny ? power_of_2<T>(F::mantissa + 1) : T(1), n = tiny ? T(F::mantissa + 1) : T(0);
+  return log_of_special(x, log_of_normal<Fma>(x * by, n, T(0)));
 }
 
 template <bool Fma, class T>
 TC_INLINE T log1p(T x) {
-  const T u = T(1) + x;
-  const T cut = x > T(1) ? T(1) - (u - x) : x - (u - T(1));  // 1 + x = u + cut
-  const T log = log_of_special(u, log_of_positive<Fma>(u, cut));
+  const T u = T(1) + x;  // never subnormal
+  const T of_x = u - T(1);
+  const T cut = (T(1) - (u - of_x)) + (x - of_x);  // 1 + x = u + cut: Knuth
+  const T log = log_of_special(u, log_of_normal<Fma>(u, T(0), cut / u));
   return magnitude(x) < T(1e-18) ? x : log;  // −0 too
 }
 
@@ -261,7 +280,7 @@ TC_INLINE T erfc_of_positive(T a) {
   const T e = exp<Fma>(-s);
   const T up = a + E::k, by = fma<Fma>(T(2), a, T(1));
   const T inverse = T(1) / (up * by);  // both quotients by one division
-  const T q = polynomial<Fma>((a - E::k) * (by * inverse), E::c) * (up * inverse);
+  const T q = in_two_chains<Fma>((a - E::k) * (by * inverse), E::c) * (up * inverse);
   const T result = fma<Fma>(-e * rounded_off<Fma>(a, s), q, e * q);  // e⁻ˢ⁻ᵈ = e⁻ˢ·(1 − d)
   return a > E::largest ? T(0) : result;
 }

@@ -121,10 +121,11 @@ struct Job {
   const Operand* in;
   int count;
   double scale;  // of in[0]
-  const Operand* out;
+  const Operand* out;  // of each output
   const Operand* weight;
   const double* parameters;
   bool pairs;  // every array is one of half numbers, side by side
+  bool words;  // these are bfloat16, and no argument is one number for all
 };
 
 // The arguments of one block: where they lie if that is T already, else read into a buffer.
@@ -156,32 +157,56 @@ struct Stage {
   }
 };
 
+// Elements of a heavy kernel that are computed at a time: the two halves that its loop reads must not lie a multiple of
+// 4 KiB apart, or its loads are taken for those of what it has just stored.
+constexpr int64_t stretch = 3 * block;
+
 template <class T>
 struct Elements {
   static TC_INLINE void run(const Job& job, int64_t begin, int64_t end) {
-    Stage<T> stage;
-    T result[block];
-    const BlockKernel<T> function = function_of<T>(*job.kernel);
-    const bool direct = job.out->number == own_number<T> && job.out->stride == sizeof(T);
-    bool staged = !direct;
-    for (int k = 0; k < job.count; ++k) {
-      const Operand& o = job.in[k];
-      staged |= o.data != nullptr && (o.number != own_number<T> || o.stride != sizeof(T));
+    const Kernel& kernel = *job.kernel;
+    if constexpr (sizeof(T) == 4) {
+      if (job.words && kernel.of_bfloat16) begin = run_words(job, begin, end);
     }
-    staged |= job.scale != 1;
-    const int64_t step = staged ? block : end - begin;
+    Stage<T> stage;
+    T result[max_inputs][block];
+    const BlockKernel<T> function = function_of<T>(kernel);
+    const auto is_direct = [](const Operand& o) { return o.number == own_number<T> && o.stride == sizeof(T); };
+    bool staged = job.scale != 1;
+    for (int k = 0; k < job.count; ++k) staged |= job.in[k].data != nullptr && !is_direct(job.in[k]);
+    for (int k = 0; k < kernel.outputs; ++k) staged |= job.out[k].data == nullptr || !is_direct(job.out[k]);
+    const int64_t step = staged ? block : kernel.heavy ? stretch : end - begin;
     for (int64_t at = begin, n; at < end; at += n) {
       n = end - at < step ? end - at : step;
       stage.fill(job, at, n, at != begin && n == block);
-      T* const out = direct ? reinterpret_cast<T*>(job.out->data) + at : result;
+      T* out[max_inputs];
+      for (int k = 0; k < kernel.outputs; ++k) {
+        const Operand& o = job.out[k];
+        out[k] = o.data != nullptr && is_direct(o) ? reinterpret_cast<T*>(o.data) + at : result[k];
+      }
       function(n, stage.in, out, job.parameters);
-      if (direct) continue;
-      if constexpr (sizeof(T) == 4) {
-        job.pairs ? write_pairs(result, at, n, *job.out) : write(result, at, n, *job.out);
-      } else {
-        write(result, at, n, *job.out);
+      for (int k = 0; k < kernel.outputs; ++k) {
+        if (out[k] != result[k] || job.out[k].data == nullptr) continue;
+        if constexpr (sizeof(T) == 4) {
+          job.pairs ? write_pairs(result[k], at, n, job.out[k]) : write(result[k], at, n, job.out[k]);
+        } else {
+          write(result[k], at, n, job.out[k]);
+        }
       }
     }
+  }
+
+  // All words of two; where the rest begins.
+  static TC_INLINE int64_t run_words(const Job& job, int64_t begin, int64_t end) {
+    const char* in[max_inputs + 2] = {};
+    char* out[max_inputs] = {};
+    for (int k = 0; k < job.count; ++k) {
+      if (job.in[k].data != nullptr) in[k] = job.in[k].data + 2 * begin;
+    }
+    for (int k = 0; k < job.kernel->outputs; ++k) out[k] = job.out[k].data + 2 * begin;
+    const int64_t words = (end - begin) / 2;
+    job.kernel->of_bfloat16(words, in, out, job.parameters);
+    return begin + 2 * words;
   }
 };
 
@@ -206,7 +231,8 @@ struct Sums {
     for (int64_t at = begin, n; at < end; at += n) {
       n = end - at < block ? end - at : block;
       stage.fill(job, at, n, at != begin && n == block);
-      if (function) function(n, stage.in, result, job.parameters);
+      T* const out[] = {result};
+      if (function) function(n, stage.in, out, job.parameters);
       if (job.weight) {
         read(*job.weight, at, n, weight);
         for (int64_t i = 0; i < n; ++i) result[i] = result[i] * weight[i];
@@ -251,12 +277,22 @@ bool in_double(const Operand* in, int count) {
 }
 
 void apply(
-    const Kernel& kernel, int64_t n, const Operand* in, int count, double scale, const Operand& out,
+    const Kernel& kernel, int64_t n, const Operand* in, int count, double scale, const Operand* out,
     const double* parameters, bool serial) {
-  bool pairs = is_half_array(out);
-  for (int k = 0; k < count; ++k) pairs = pairs && (in[k].data == nullptr || in[k].stride == 0 || is_half_array(in[k]));
-  const Job job{&kernel, in, count, scale, &out, nullptr, parameters, pairs};
-  const auto body = out.number == Number::float64 || in_double(in, count) ? run_elements<double> : run_elements<float>;
+  bool pairs = true, words = scale == 1, as_double = in_double(in, count);
+  for (int k = 0; k < kernel.outputs; ++k) {
+    const bool written = out[k].data != nullptr;
+    pairs = pairs && (!written || is_half_array(out[k]));
+    words = words && written && out[k].number == Number::bfloat16;
+    as_double = as_double || (written && out[k].number == Number::float64);
+  }
+  for (int k = 0; k < count; ++k) {
+    if (in[k].data == nullptr) continue;
+    pairs = pairs && (in[k].stride == 0 || is_half_array(in[k]));
+    words = words && in[k].stride != 0 && in[k].number == Number::bfloat16;
+  }
+  const Job job{&kernel, in, count, scale, out, nullptr, parameters, pairs, pairs && words};
+  const auto body = as_double ? run_elements<double> : run_elements<float>;
   const int64_t grain = kernel.heavy ? 8 * 1024 : 32 * 1024;
   if (serial || n <= grain) return body(job, 0, n);
   struct Context {
@@ -306,12 +342,12 @@ double add_up(const Job& job, int64_t n, bool as_double) {
 
 double total(
     const Kernel& kernel, int64_t n, const Operand* in, int count, const Operand* weight, const double* parameters) {
-  const Job job{&kernel, in, count, 1, nullptr, weight, parameters, false};
+  const Job job{&kernel, in, count, 1, nullptr, weight, parameters, false, false};
   return add_up(job, n, in_double(in, count));
 }
 
 double sum(int64_t n, const Operand& of) {
-  const Job job{nullptr, &of, 1, 1, nullptr, nullptr, nullptr, false};
+  const Job job{nullptr, &of, 1, 1, nullptr, nullptr, nullptr, false, false};
   return add_up(job, n, of.number == Number::float64);
 }
 

@@ -7,6 +7,7 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/Dtype.h>
@@ -114,15 +115,34 @@ Tensor launched_total(const Formula& formula, TensorList inputs, double scale, a
   return out;
 }
 
-// kernel(arguments), where undefined arguments are those that it does not use; its result has the dtype given.
-Tensor compute(const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarType dtype, const double* numbers) {
+// What a kernel computes: one tensor, or the gradients of several inputs.
+using Results = c10::SmallVector<Tensor, 2>;
+
+// Memory for it where that is wanted, a bit for each. Without strides it is contiguous.
+Results results_for(
+    const Kernel& kernel, uint32_t wanted, at::IntArrayRef size, at::IntArrayRef strides, at::ScalarType dtype, Operand* out) {
+  Results results(static_cast<size_t>(kernel.outputs));
+  for (int k = 0; k < kernel.outputs; ++k) {
+    if (!(wanted >> k & 1)) continue;
+    results[k] = strides.empty() ? at::detail::empty_cpu(size, dtype) : at::detail::empty_strided_cpu(size, strides, dtype);
+    out[k] = flat(results[k]);
+  }
+  return results;
+}
+
+// kernel(arguments), where undefined arguments are those that it does not use; its results have the dtype given. They are new
+// tensors, or those given.
+Results compute(
+    const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarType dtype, const double* numbers, uint32_t wanted = ~0u,
+    Results given = {}) {
   const int count = static_cast<int>(arguments.size());
   const Tensor* like = nullptr;
   for (const Tensor& x : arguments) {
     if (x.defined() && (!like || is_one_number(*like))) like = &x;
   }
-  Operand in[max_inputs + 2];
+  Operand in[max_inputs + 2], out[max_inputs];
   bool together = like->is_non_overlapping_and_dense();
+  for (const Tensor& x : given) together = together && lies_like(x, *like);
   for (int k = 0; k < count && together; ++k) {
     const Tensor& x = arguments[k];
     if (!x.defined()) continue;
@@ -135,15 +155,18 @@ Tensor compute(const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarT
     }
   }
   if (together) {
-    Tensor out = at::detail::empty_strided_cpu(like->sizes(), like->strides(), dtype);
-    table->apply(kernel, out.numel(), in, count, 1, flat(out), numbers, false);
-    return out;
+    for (size_t k = 0; k < given.size(); ++k) out[k] = flat(given[k]);
+    if (given.empty()) given = results_for(kernel, wanted, like->sizes(), like->strides(), dtype, out);
+    table->apply(kernel, like->numel(), in, count, 1, out, numbers, false);
+    return given;
   }
   // Other layouts and broadcasting.
-  Tensor out;
+  Results results = std::move(given);
+  results.resize(static_cast<size_t>(kernel.outputs));
   at::TensorIteratorConfig config;
   config.set_check_mem_overlap(true).check_all_same_dtype(false).promote_inputs_to_common_dtype(false);
-  config.declare_static_dtype(dtype).declare_static_device(at::kCPU).add_output(out);
+  config.declare_static_dtype(dtype).declare_static_device(at::kCPU);
+  for (const Tensor& out : results) config.add_output(out);
   for (const Tensor& x : arguments) {
     if (x.defined()) config.add_const_input(x);
   }
@@ -151,20 +174,25 @@ Tensor compute(const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarT
   Number result;
   number_of(dtype, result);
   iterator.for_each([&](char** data, const int64_t* strides, int64_t n) {
-    Operand each[max_inputs + 2], to;
-    int place = 1;
+    Operand each[max_inputs + 2], to[max_inputs];
+    int place = kernel.outputs;
     for (int k = 0; k < count; ++k) {
       if (!arguments[k].defined()) continue;
       number_of(arguments[k].scalar_type(), each[k].number);
       each[k].data = data[place];
       each[k].stride = strides[place++];
     }
-    to.data = data[0];
-    to.stride = strides[0];
-    to.number = result;
+    for (int k = 0; k < kernel.outputs; ++k) to[k] = {data[k], strides[k], result};
     table->apply(kernel, n, each, count, 1, to, numbers, true);
   });
-  return iterator.output();
+  for (int k = 0; k < kernel.outputs; ++k) results[k] = iterator.output(k);
+  return results;
+}
+
+// One of the two halves along a dimension.
+Tensor half_of(const Tensor& x, int64_t dim, int64_t which) {
+  const int64_t n = x.size(dim) / 2;
+  return x.narrow(dim, which * n, n);
 }
 
 // All of one size, stretched where they broadcast, and contiguous where they do not lie alike: for reductions.
@@ -190,6 +218,7 @@ struct Backward : public KernelNode {
   SavedVariable saved_y, saved_weight;
   bool has_y = false, has_weight = false;
   bool has[max_inputs] = {};
+  int64_t halved = -1;  // the dimension along which saved[0] holds both inputs: then theirs are the halves of one gradient
   Reduction reduction = none;
   double divisor = 1;  // n of a mean
   c10::SmallVector<c10::SmallVector<int64_t, 5>, 2> sizes;
@@ -210,7 +239,7 @@ struct Backward : public KernelNode {
   variable_list apply(variable_list&& incoming) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const int n = formula->inputs;
-    variable_list grads(static_cast<size_t>(n));
+    variable_list grads(halved < 0 ? static_cast<size_t>(n) : 1);
     const Tensor& g = incoming[0];
     if (!g.defined()) return grads;
     const auto self = self_of(static_cast<Node*>(this));
@@ -220,33 +249,65 @@ struct Backward : public KernelNode {
       if (has[i]) plain &= is_plain(arguments[1 + i] = saved[i].unpack(self));
     }
     if (has_y) plain &= is_plain(arguments[1 + n] = saved_y.unpack(self));
-    Tensor weight;
+    Tensor weight, whole;
+    if (halved >= 0) {
+      whole = arguments[1];
+      for (int i = 0; i < 2; ++i) arguments[1 + i] = half_of(whole, halved, i);
+    }
     if (has_weight) plain &= is_plain(weight = saved_weight.unpack(self));
     if (!plain || at::GradMode::is_enabled()) return differentiable(g, arguments, weight);
     if (g.is_cuda()) return on_gpu(g, arguments);
 
     Tensor wide;  // of a weighted loss without reduction
     if (reduction == none && has_weight) wide = g.to(at::promote_types(g.scalar_type(), at::kFloat)).mul(weight);
-    for (int i = 0; i < n; ++i) {
-      if (!task_should_compute_output(static_cast<size_t>(i))) continue;
-      const Kernel& kernel = formula->product[i];
+    const auto compute_by = [&](const Kernel& kernel, at::ScalarType dtype, uint32_t wanted = ~0u) {
       Tensor used[max_inputs + 2];
       used[0] = wide.defined() ? wide : g;
       for (int k = 1; k < n + 2; ++k) {
         if (kernel.uses >> k & 1) used[k] = arguments[k];
       }
-      Tensor grad = reduction == none ? compute(kernel, at::ArrayRef<Tensor>(used, n + 2), dtypes[i], numbers.data())
-                                      : spread(kernel, g, weight, used, dtypes[i]);
+      return reduction == none ? compute(kernel, at::ArrayRef<Tensor>(used, n + 2), dtype, numbers.data(), wanted)
+                               : spread(kernel, g, weight, used, dtype, wanted);
+    };
+    if (halved >= 0) {
+      grads[0] = at::empty_like(whole);
+      compute(
+          formula->joint, {g, arguments[1], arguments[2], Tensor()}, dtypes[0], numbers.data(), ~0u,
+          {half_of(grads[0], halved, 0), half_of(grads[0], halved, 1)});
+      return grads;
+    }
+    if (const uint32_t wanted = wanted_together()) {
+      Results found = compute_by(formula->joint, dtypes[0], wanted);
+      for (int i = 0, k = 0; i < n; ++i) {
+        if (formula->product[i].of_float == nullptr) continue;
+        if (wanted >> k & 1) grads[static_cast<size_t>(i)] = std::move(found[k]);
+        ++k;
+      }
+      return grads;
+    }
+    for (int i = 0; i < n; ++i) {
+      if (!task_should_compute_output(static_cast<size_t>(i))) continue;
+      const Kernel& kernel = formula->product[i];
+      Tensor grad = compute_by(kernel, dtypes[i])[0];
       if (grad.sizes() != at::IntArrayRef(sizes[i])) {
-        if (dtypes[i] != at::kDouble && dtypes[i] != at::kFloat) {  // summed before it is rounded
-          grad = reduction == none ? compute(kernel, at::ArrayRef<Tensor>(used, n + 2), at::kFloat, numbers.data())
-                                   : spread(kernel, g, weight, used, at::kFloat);
-        }
+        if (dtypes[i] != at::kDouble && dtypes[i] != at::kFloat) grad = compute_by(kernel, at::kFloat)[0];  // rounded once
         grad = at::sum_to(grad, at::IntArrayRef(sizes[i])).to(dtypes[i]);
       }
       grads[static_cast<size_t>(i)] = std::move(grad);
     }
     return grads;
+  }
+
+  // Which outputs of the joint kernel are needed, where these are several, and nothing is summed afterwards.
+  uint32_t wanted_together() const {
+    uint32_t wanted = 0;
+    for (int i = 0, k = 0; i < formula->inputs; ++i) {
+      if (sizes[i] != sizes[0]) return 0;
+      if (formula->product[i].of_float == nullptr) continue;
+      if (task_should_compute_output(static_cast<size_t>(i))) wanted |= 1u << k;
+      ++k;
+    }
+    return (wanted & (wanted - 1)) != 0 ? wanted : 0;
   }
 
   variable_list on_gpu(const Tensor& g, const Tensor* arguments) {
@@ -280,7 +341,8 @@ struct Backward : public KernelNode {
   }
 
   // g·weight/divisor·slope, where g is one number.
-  Tensor spread(const Kernel& kernel, const Tensor& g, const Tensor& weight, Tensor* used, at::ScalarType dtype) {
+  Results spread(
+      const Kernel& kernel, const Tensor& g, const Tensor& weight, Tensor* used, at::ScalarType dtype, uint32_t wanted) {
     const int count = formula->inputs + 2;
     c10::SmallVector<Tensor, max_inputs + 1> inputs(used + 1, used + count);
     const Tensor* like = weight.defined() ? &weight : nullptr;
@@ -295,7 +357,7 @@ struct Backward : public KernelNode {
       for (Tensor& x : inputs) x = x.defined() ? x.expand(size).contiguous() : x;
       if (w.defined()) w = w.expand(size).contiguous();
     }
-    Operand in[max_inputs + 2];
+    Operand in[max_inputs + 2], out[max_inputs];
     double factor = g.item<double>() / divisor;
     double one = 1;
     if (w.defined()) {
@@ -309,10 +371,9 @@ struct Backward : public KernelNode {
     for (int k = 1; k < count; ++k) {
       if (inputs[k - 1].defined()) in[k] = flat(inputs[k - 1]);
     }
-    Tensor out = alike ? at::detail::empty_strided_cpu(like->sizes(), like->strides(), dtype)
-                       : at::detail::empty_cpu(at::IntArrayRef(size), dtype);
-    table->apply(kernel, out.numel(), in, count, factor, flat(out), numbers.data(), false);
-    return out;
+    Results results = results_for(kernel, wanted, size, alike ? like->strides() : at::IntArrayRef(), dtype, out);
+    table->apply(kernel, c10::multiply_integers(size), in, count, factor, out, numbers.data(), false);
+    return results;
   }
 
   // The same by operations that torch can differentiate, transform and trace.
@@ -330,13 +391,14 @@ struct Backward : public KernelNode {
       known.push_back(arguments[k].defined() ? std::optional<Tensor>(arguments[k]) : std::nullopt);
     }
     c10::List<bool> needed;
-    for (int i = 0; i < n; ++i) needed.push_back(task_should_compute_output(static_cast<size_t>(i)));
+    for (int i = 0; i < n; ++i) needed.push_back(halved >= 0 || task_should_compute_output(static_cast<size_t>(i)));
     static const c10::OperatorHandle operation =
         c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::differentiable_backward", "");
     torch::jit::Stack stack{
         std::string(formula->name), g, std::move(known), c10::List<double>(at::ArrayRef<double>(numbers)), needed};
     operation.callBoxed(&stack);
     const std::vector<Tensor> found = stack.at(0).toTensorVector();
+    if (halved >= 0) return {at::cat(found, halved).to(dtypes[0])};
     variable_list grads(static_cast<size_t>(n));
     size_t next = 0;
     for (int i = 0; i < n; ++i) {
@@ -395,13 +457,42 @@ std::optional<Tensor> elementwise(int64_t place, TensorList inputs, at::ArrayRef
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     out = inputs[0].is_cuda() ? launched(formula, torchcalc::value, inputs, nullptr, numbers)
-                              : compute(formula.value, inputs, dtype, numbers.data());
+                              : compute(formula.value, inputs, dtype, numbers.data())[0];
   }
   if (!out.defined()) return std::nullopt;
   if (recorded) {
     auto node = node_of(formula, inputs, numbers);
     torch::autograd::set_history(out, node);
     if (node->has_y) node->saved_y = SavedVariable(out, true);
+  }
+  return out;
+}
+
+// A formula of the two halves of one tensor, on CPU: its gradient is written as one, where the halves' own would be copied
+// together.
+std::optional<Tensor> of_halves(int64_t place, const Tensor& x, int64_t dim, at::ArrayRef<double> numbers) {
+  const Formula& formula = table->formulas[place];
+  if (!x.is_cpu() || !is_plain(x) || formula.inputs != 2 || formula.joint.of_float == nullptr) return std::nullopt;
+  Tensor out;
+  c10::SmallVector<Tensor, 2> halves;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (int i = 0; i < 2; ++i) halves.push_back(half_of(x, dim, i));
+    out = compute(formula.value, halves, x.scalar_type(), numbers.data())[0];
+  }
+  if (torch::autograd::compute_requires_grad(x)) {
+    auto node = make_node<Backward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x));
+    node->formula = &formula;
+    node->numbers.assign(numbers.begin(), numbers.end());
+    node->halved = dim;
+    for (const Tensor& half : halves) {
+      node->sizes.emplace_back(half.sizes().begin(), half.sizes().end());
+      node->dtypes.push_back(x.scalar_type());
+    }
+    node->saved[0] = SavedVariable(x, false);
+    node->has[0] = true;
+    torch::autograd::set_history(out, node);
   }
   return out;
 }
@@ -514,6 +605,25 @@ PyObject* py_elementwise(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release without_gil;
     y = elementwise(place, inputs, numbers);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// of_halves(place, input, dim, *numbers)
+PyObject* py_of_halves(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::SmallVector<Tensor, max_inputs> inputs;
+  Numbers numbers;
+  if (count < 3 || is_observed() || !read_inputs(args + 1, 1, inputs) || !read_numbers(args + 3, count - 3, numbers)) {
+    Py_RETURN_NONE;
+  }
+  const int64_t place = PyLong_AsLongLong(args[0]), dim = PyLong_AsLongLong(args[2]);
+  if (dim == -1 && PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = of_halves(place, inputs[0], dim < 0 ? dim + inputs[0].dim() : dim, numbers);
   }
   return wrapped(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -666,6 +776,7 @@ PyObject* py_connect(PyObject*, PyObject* address) {
 
 PyMethodDef methods[] = {
     {"elementwise", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_elementwise)), METH_FASTCALL, nullptr},
+    {"of_halves", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_of_halves)), METH_FASTCALL, nullptr},
     {"reduced", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_reduced)), METH_FASTCALL, nullptr},
     {"cross_entropy", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_cross_entropy)), METH_FASTCALL, nullptr},
     {"cross_entropy_in_place", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_cross_entropy_in_place)), METH_FASTCALL, nullptr},
