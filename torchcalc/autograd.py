@@ -39,7 +39,6 @@ from torch._C._functorch import (
     maybe_get_level,
 )
 from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace
 
 from torchcalc.casts import cast as cached_cast
 from torchcalc.tracing import tracer_of
@@ -163,7 +162,7 @@ def _make_apply(cls: type[Function]) -> Callable[..., Any]:
     eager, composable = _make_forms(cls, tells)
 
     def call(*args: Any) -> Any:
-        if _symbolic_trace._is_fx_tracing_flag and (tracer := tracer_of(args)) is not None:
+        if (tracer := tracer_of(args)) is not None:
             return tracer.create_proxy("call_function", apply, args, {})
         for i, a in enumerate(args):
             if isinstance(a, _CONTAINERS) and _holds_tensor(a):

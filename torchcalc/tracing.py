@@ -7,10 +7,12 @@ into the graph instead of our derivatives. So each is one node of the graph, as 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from torch.fx import Proxy, _symbolic_trace
+from torch.compiler import is_compiling
+from torch.fx import Proxy
+from torch.fx._symbolic_trace import is_fx_tracing
 from torch.fx.proxy import TracerBase
 
 __all__ = ["NotScripted", "leaf", "tracer_of"]
@@ -30,7 +32,7 @@ def leaf(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if _symbolic_trace._is_fx_tracing_flag and (tracer := tracer_of([*args, *kwargs.values()])) is not None:
+        if (tracer := tracer_of(args, kwargs)) is not None:
             node: Any = tracer.create_proxy("call_function", call, args, kwargs)
             return node
         return function(*args, **kwargs)
@@ -38,9 +40,11 @@ def leaf(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def tracer_of(args: Iterable[Any]) -> TracerBase | None:
+def tracer_of(args: Iterable[Any], kwargs: Mapping[str, Any] = {}) -> TracerBase | None:
     """What records these arguments symbolically, if something does."""
-    return next((x.tracer for x in args if isinstance(x, Proxy)), None)
+    if is_compiling() or not is_fx_tracing():
+        return None
+    return next((x.tracer for x in (*args, *kwargs.values()) if isinstance(x, Proxy)), None)
 
 
 class NotScripted:

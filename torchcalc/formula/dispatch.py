@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
-from torch.fx import _symbolic_trace
 
 from torchcalc import native
 from torchcalc.formula import launched
@@ -54,7 +53,7 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
             return y
         if compute is None and built:
             native.warn_once(args[:n], nodes=True)
-        if _symbolic_trace._is_fx_tracing_flag and (tracer := tracer_of(args)) is not None:
+        if (tracer := tracer_of(args)) is not None:
             apply.__module__ = formula.value.__module__
             apply.__name__ = apply.__qualname__ = name_of(apply, apply.__module__)
             node: Any = tracer.create_proxy("call_function", apply, args, {})  # not the reference, which is slower

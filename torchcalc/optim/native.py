@@ -19,7 +19,7 @@ from torch import Tensor
 from torchcalc import native
 from torchcalc.native.optim import DONE, Bound
 
-__all__ = ["DONE", "Plan", "is_wanted", "leaves_the_choice"]
+__all__ = ["DONE", "Plan", "Remembered", "is_wanted", "leaves_the_choice"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -40,8 +40,8 @@ def is_wanted(group: dict[str, Any]) -> bool:
     return leaves_the_choice(group) and (native.available() or native.warn_once(group["params"]))
 
 
-class Plan:
-    """Which parameters of a group a kernel steps, bound to their state; and which are left to the rule."""
+class Remembered:
+    """Parameters of a group and the tensors of their state, as one step has found them."""
 
     def __init__(self, entries: list[Any], keys: tuple[str, ...], counts_steps: bool) -> None:
         """Entries of all parameters with a gradient; the state keys of the slots."""
@@ -51,6 +51,25 @@ class Plan:
         self.states = [e.state for e in entries]
         self.count = len(entries)
         self.objects = list(self._objects([e.p for e in entries]))
+
+    def _objects(self, params: list[Tensor]) -> Iterable[Any]:
+        return chain(params, chain.from_iterable(map(self.read, self.states)))
+
+    def holds(self, params: list[Tensor], keys: tuple[str, ...]) -> bool:
+        """Whether these are still the parameters with a gradient, the slots, and what is in them."""
+        try:
+            return (
+                keys == self.keys and len(params) == self.count and all(map(is_, self._objects(params), self.objects))
+            )
+        except KeyError:  # a slot was deleted
+            return False
+
+
+class Plan(Remembered):
+    """Which parameters of a group a kernel steps, bound to their state; and which are left to the rule."""
+
+    def __init__(self, entries: list[Any], keys: tuple[str, ...], counts_steps: bool) -> None:
+        super().__init__(entries, keys, counts_steps)
 
         def bind(places: list[int]) -> Bound:
             ours = [entries[i] for i in places]
@@ -68,20 +87,9 @@ class Plan:
         self.rest = sorted(set(range(len(entries))) - set(self.places))
         self.looks = [_look(entries[i].p) for i in self.rest]
 
-    def _objects(self, params: list[Tensor]) -> Iterable[Any]:
-        return chain(params, chain.from_iterable(map(self.read, self.states)))
-
     def holds(self, params: list[Tensor], keys: tuple[str, ...]) -> bool:
-        """Whether these are still the parameters with a gradient, the slots, and the plan's tensors what is in them."""
-        try:
-            return (
-                keys == self.keys
-                and len(params) == self.count
-                and all(map(is_, self._objects(params), self.objects))
-                and (not self.rest or self.looks == [_look(params[i]) for i in self.rest])
-            )
-        except KeyError:  # a slot was deleted
-            return False
+        """And whether what the kernel did not take is as it was."""
+        return super().holds(params, keys) and (not self.rest or self.looks == [_look(params[i]) for i in self.rest])
 
 
 def _sharing(tensors: list[tuple[Tensor, ...]]) -> set[int]:

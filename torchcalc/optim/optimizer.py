@@ -51,7 +51,7 @@ from torchcalc.optim.extras import (
     global_norm,
     round_stochastically_,
 )
-from torchcalc.optim.native import DONE, Plan, is_wanted
+from torchcalc.optim.native import DONE, Plan, is_wanted, leaves_the_choice
 from torchcalc.optim.tensor_list import Recorded, TensorList
 
 __all__ = ["Optimizer", "ParamsT"]
@@ -236,7 +236,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop what is remembered from step to step."""
-        self._plans: dict[tuple[int, bytes], Plan] = {}  # by group, and by which of its parameters have a gradient
+        self._plans: dict[
+            tuple[int, bytes], Plan | fused.Plan
+        ] = {}  # by group, and by which of its parameters have a gradient
         self._states: list[dict[str, Any]] = []  # each parameter's state: the very dicts that the plans read
         self._new_plans = False
         self._planned_groups = 0
@@ -389,14 +391,16 @@ class Optimizer(torch.optim.Optimizer):
         if not torch.compiler.is_compiling():
             hyper = self.hyper(group)
             check_numbers(index, {**hyper, **{key: group[key] for key in self.numbers}} if self.numbers else hyper)
-        if not is_wanted(group) or (self.native is None and not kernel.may_have_kernel(self, group)):
-            entries = self._entries(group, params)
-            return lambda scaling: self._step_group(group, self._step_fused(group, entries, scaling), scaling)
-
         key = index, pattern
+        if not is_wanted(group) or (self.native is None and not kernel.may_have_kernel(self, group)):
+            if self.torch_fused is not None and leaves_the_choice(group) and not native.available():
+                return self._prepare_fused(key, group, params, grads)
+            entries = self._entries(group, params)
+            return lambda scaling: self._step_group(group, entries, scaling)
+
         plan, made, first = self._plans.get(key), None, []
         keys = tuple(self.slots(group).values())
-        if plan is None or not plan.holds(params, keys):
+        if not isinstance(plan, Plan) or not plan.holds(params, keys):
             made = self._entries(group, params)
             if len(self._plans) >= MOST_PLANS * len(self.param_groups):
                 self._plans.clear()
@@ -456,9 +460,27 @@ class Optimizer(torch.optim.Optimizer):
             entries.append(Entry(p, g, [state[key] for key in keys], state, first=bool(missing)))
         return entries
 
-    def _step_fused(self, group: dict[str, Any], entries: list[Entry], scaling: Scaling) -> list[Entry]:
-        """By torch's own operation where there are no kernels; the entries that are left."""
-        return entries if native.available() else fused.step(self, group, entries, scaling)
+    def _prepare_fused(
+        self, key: tuple[int, bytes], group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+    ) -> Callable[[Scaling], None]:
+        """Likewise where kernels are not built: by torch's own operation what it is right for, by the rule the rest."""
+        plan, keys = self._plans.get(key), tuple(self.slots(group).values())
+        remembered = isinstance(plan, fused.Plan) and plan.holds(params, keys) and plan.takes(grads)
+        made = None if remembered else self._entries(group, params)
+
+        def run(scaling: Scaling) -> None:
+            if remembered and scaling is NORMAL:
+                assert isinstance(plan, fused.Plan)
+                return plan.step(self, group, grads)
+            entries = made or self._entries(group, params)
+            rest = fused.step(self, group, entries, scaling)
+            if rest:
+                self._step_group(group, rest, scaling)
+            elif not remembered:
+                self._plans[key] = fused.Plan(entries, keys, self.counts_steps)
+                self._states, self._planned_groups = list(self.state.values()), len(self.param_groups)
+
+        return run
 
     def _step_group(
         self,
