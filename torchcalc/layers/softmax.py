@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 
+from torchcalc import native
 from torchcalc.autograd import Function
 from torchcalc.native import pointwise as kernels
 from torchcalc.promotion import autocasts_to_float32, like, widen
@@ -148,11 +149,14 @@ def _along(x: Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> Tensor:
     """By torch's own kernels, forward and backward, where nothing looks on; the Functions above are what they compute."""
     if dtype is None and autocasts_to_float32(x):
         dtype = torch.float32
-    if not torch.compiler.is_compiling() and (rows := kernels.rows()) is not None:
-        cast = x if dtype is None or dtype == x.dtype or not isinstance(x, Tensor) else x.to(dtype)
-        y: Tensor | None = rows.softmax(cast, dim, log)
-        if y is not None:
-            return y
+    if not torch.compiler.is_compiling():
+        if (rows := kernels.rows()) is None:
+            native.warn_once((x,), nodes=True)
+        else:
+            cast = x if dtype is None or dtype == x.dtype or not isinstance(x, Tensor) else x.to(dtype)
+            y: Tensor | None = rows.softmax(cast, dim, log)
+            if y is not None:
+                return y
     return (LogSoftmaxFunction if log else SoftmaxFunction).apply(x, dim, dtype)
 
 

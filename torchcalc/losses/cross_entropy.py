@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
+from torchcalc import native
 from torchcalc.autograd import Function
 from torchcalc.formula.launch import fits
 from torchcalc.formula.launched import is_observed
@@ -363,6 +364,8 @@ def cross_entropy(
             loss = _launched(*arguments, ignore_index, reduction, smoothing)
         if loss is not None:
             return loss
+        if rows is None:
+            native.warn_once((input,), nodes=True)
     return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, smoothing)
 
 
