@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from torch.compiler import is_compiling
-from torch.fx import Proxy
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx import Proxy, _symbolic_trace
 from torch.fx.proxy import TracerBase
 
 __all__ = ["NotScripted", "leaf", "tracer_of"]
+
+#: The public one logs a warning from torch 2.14 on.
+is_fx_tracing: Callable[[], bool] = getattr(_symbolic_trace, "_get_is_fx_tracing", _symbolic_trace.is_fx_tracing)
 
 P = ParamSpec("P")
 T = TypeVar("T")
