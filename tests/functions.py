@@ -537,7 +537,7 @@ def linear_cross_entropy(
 
 
 LOSSES += [
-    *(linear_cross_entropy(f"classes {r}", reduction=r) for r in REDUCTIONS),
+    linear_cross_entropy("classes"),
     linear_cross_entropy("bias weight smoothing", hard, some(3), some(3), label_smoothing=0.2),
     linear_cross_entropy("ignore none", hard, some(3), ignore_index=1, reduction="none"),
     linear_cross_entropy("probabilities", soft, some(3)),

@@ -522,6 +522,7 @@ def test_importing_the_engine_does_not_import_dynamo():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_function_compiled_first_in_a_process():
     """Registration with Dynamo happens while it traces the first call."""
     code = """

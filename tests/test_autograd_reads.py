@@ -170,6 +170,7 @@ def test_no_function_of_ours_reads_what_may_change():
                 pytest.fail(f"{cls}{found}")
 
 
+@pytest.mark.slow
 def test_guards_of_a_function_compiled_first_in_a_process():
     code = """
 import torch

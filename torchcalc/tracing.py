@@ -16,8 +16,12 @@ from torch.fx.proxy import TracerBase
 
 __all__ = ["NotScripted", "leaf", "tracer_of"]
 
-#: The public one logs a warning from torch 2.14 on.
-is_fx_tracing: Callable[[], bool] = getattr(_symbolic_trace, "_get_is_fx_tracing", _symbolic_trace.is_fx_tracing)
+#: torch's own is_fx_tracing() logs a warning at its first call.
+is_fx_tracing: Callable[[], bool] = getattr(
+    _symbolic_trace,
+    "_get_is_fx_tracing",
+    lambda: _symbolic_trace._is_fx_tracing_flag,  # from torch 2.14 on, and before
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")

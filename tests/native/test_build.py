@@ -232,6 +232,8 @@ def test_a_build_that_is_told_to_stop_leaves_nothing_behind(name: str, tmp_path:
     slow.write_text(f"#!/bin/sh\necho $$ >> {pids}\ntouch $TMPDIR/cc-half.s\nexec sleep 100\n")
     slow.chmod(0o755)
     code = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 {BUILDER}
 build.generate = lambda work: {{}}
 build.build(Path({str(output)!r}))

@@ -17,7 +17,9 @@ CURVES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "descent" else ()) for name in NAMES]
+)
 def test_config_trains(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     main([*brief(name), "--trainer.enable_progress_bar=false"])
