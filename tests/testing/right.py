@@ -165,6 +165,8 @@ FUNCTIONS = [
     f("attention", F.scaled_dot_product_attention, normal(2, 3, 4), normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2)),
     f("embedding", lambda w: F.embedding(classes(2, 3, high=4), w), normal(4, 3)),
     f("dropout", partial(F.dropout, p=0.4), x),
+    f("dropout of a transposed activation", lambda a: F.dropout((a * a).t(), 0.4).t(), x),
+    f("encoder layer in training", nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), normal(1, 2, 4)),
     f("glu", F.glu, x),
     f("nn.Linear", nn.Linear(4, 2), x),
     f("nn.GRUCell", nn.GRUCell(4, 3), x, normal(3, 3, seed=1)),

@@ -13,10 +13,11 @@ from torchcalc.testing.diagnosis import compare, regions
 from torchcalc.testing.differences import Slopes, element_slopes, slopes_along
 from torchcalc.testing.registry import Skip
 from torchcalc.testing.report import Finding
-from torchcalc.testing.subject import Subject, dot, normal, said
+from torchcalc.testing.subject import CLEAR, Subject, dot, normal, said
 
 MOST = 24  # elements of an input that get a difference of their own; a dense direction covers the others
 Inputs = Sequence[Any]
+Scalar = Callable[..., Tensor]
 
 
 def flat(outputs: Sequence[Tensor]) -> Tensor:
@@ -78,6 +79,31 @@ def left_out(subject: Subject, i: int, x: Tensor, slopes: Slopes, indices: Seque
 def need_derivatives(subject: Subject) -> None:
     if not subject.wrt:
         raise Skip("no input is differentiable")
+
+
+def weighted_sum(subject: Subject, inputs: Sequence[Any]) -> tuple[Scalar, tuple[Tensor, ...]]:
+    """<v, f> as a function of the differentiable inputs, and these; smooth and nonlinear in the outputs."""
+    weights = subject.incoming(subject.call(*inputs))
+
+    def call(*xs: Tensor) -> Tensor:
+        arguments = list(inputs)
+        for i, x in zip(subject.wrt, xs, strict=True):
+            arguments[i] = x
+        return dot(subject.call(*arguments), weights, xs[0])
+
+    return call, tuple(inputs[i] for i in subject.wrt)
+
+
+def need_the_same_draws(subject: Subject, call: Scalar, xs: Sequence[Tensor]) -> None:
+    """A mask is drawn in the order in which its input lies, and under torch.func that may be another than under autograd."""
+    if not subject.random:
+        return
+    try:
+        values = [torch.func.vjp(call, *xs)[0], torch.func.jvp(call, tuple(xs), tuple(map(torch.zeros_like, xs)))[0]]
+    except CLEAR:
+        return  # what follows says so
+    if not all(torch.allclose(value, call(*xs), rtol=1e-6) for value in values):
+        raise Skip("torch.func draws other random numbers")
 
 
 def quick(subject: Subject, inputs: Inputs, where: str = "") -> Finding:

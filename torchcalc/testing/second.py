@@ -18,10 +18,12 @@ from torchcalc.testing.numeric import (
     directions,
     flat,
     need_derivatives,
+    need_the_same_draws,
     quick,
     spread_out,
     tolerance,
     unsupported,
+    weighted_sum,
 )
 from torchcalc.testing.registry import check
 from torchcalc.testing.report import Finding
@@ -126,6 +128,7 @@ def forward_over_reverse(subject: Subject) -> Finding | None:
     need_derivatives(subject)
     inputs = subject.floats()
     w = directions(subject, inputs)
+    need_the_same_draws(subject, *weighted_sum(subject, inputs))
 
     def gradients(*xs: Tensor) -> tuple[Tensor, ...]:
         arguments = list(inputs)

@@ -17,25 +17,17 @@ from torch.utils.checkpoint import checkpoint
 from torchcalc.testing.contract import agree
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import slopes_along
-from torchcalc.testing.numeric import need_derivatives, tolerance, unsupported
+from torchcalc.testing.numeric import (
+    Scalar,
+    need_derivatives,
+    need_the_same_draws,
+    tolerance,
+    unsupported,
+    weighted_sum,
+)
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
 from torchcalc.testing.subject import CLEAR, Subject, dot, normal, pull
-
-Scalar = Callable[..., Tensor]
-
-
-def weighted_sum(subject: Subject, inputs: Sequence[Any]) -> tuple[Scalar, tuple[Tensor, ...]]:
-    """<v, f> as a function of the differentiable inputs, and these; smooth and nonlinear in the outputs."""
-    weights = subject.incoming(subject.call(*inputs))
-
-    def call(*xs: Tensor) -> Tensor:
-        arguments = list(inputs)
-        for i, x in zip(subject.wrt, xs, strict=True):
-            arguments[i] = x
-        return dot(subject.call(*arguments), weights, xs[0])
-
-    return call, tuple(inputs[i] for i in subject.wrt)
 
 
 def eager(call: Scalar, xs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -52,6 +44,7 @@ def func_grad(subject: Subject) -> Finding | None:
     """torch.func.grad equals autograd."""
     need_derivatives(subject)
     call, xs = weighted_sum(subject, subject.floats())
+    need_the_same_draws(subject, call, xs)
     try:
         grads = torch.func.grad(call, tuple(range(len(xs))))(*xs)
     except CLEAR as error:
@@ -65,6 +58,7 @@ def func_jvp(subject: Subject) -> Finding | None:
     need_derivatives(subject)
     call, xs = weighted_sum(subject, subject.floats())
     u = tuple(normal(x, 17 + k) for k, x in enumerate(xs))
+    need_the_same_draws(subject, call, xs)
     try:
         slope = torch.func.jvp(call, xs, u)[1]
     except CLEAR as error:
@@ -107,6 +101,7 @@ def hessian(subject: Subject) -> Finding | None:
     found = compare(what, product, slope.value, tolerance(slope), use=slope.usable)
     if found is not None:
         return replace(found, cause=f"second derivative {found.cause or 'wrong'}")
+    need_the_same_draws(part, call, (x,))
     try:
         forward = torch.func.hessian(call)(x)
     except CLEAR as error:
