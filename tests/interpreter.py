@@ -47,4 +47,4 @@ def mend() -> None:
         return convert(data, source, target, mode)
 
     interpreter._convert_float = rounded
-    torchcalc.optim.optimizer.check_capturable = lambda params, on_device: None
+    torchcalc.optim.optimizer.check_capturable = lambda *_: None

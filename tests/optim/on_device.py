@@ -357,7 +357,7 @@ def test_capturing_a_graph(monkeypatch: pytest.MonkeyPatch, launches: list[Any])
         nn.utils.clip_grad_norm_(qs, 1.0)
         with monkeypatch.context() as patch:
             if i == 3:
-                patch.setattr(gpu, "capturing", lambda: True)
+                patch.setattr(gpu, "capturing", lambda *_: True)
             mine.step()
         stock.step()
         check_equal(ps, qs)
@@ -405,7 +405,7 @@ def test_stochastic_rounding_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None
             p.grad = torch.ones_like(p)
         with monkeypatch.context() as patch:
             if i >= 2:
-                patch.setattr(gpu, "capturing", lambda: True)
+                patch.setattr(gpu, "capturing", lambda *_: True)
                 patch.setattr(cuda, "draw_seed", lambda: 7)  # as a graph holds it
             mine.step()
         seen += [p.detach().clone() for p in ps]

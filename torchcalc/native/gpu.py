@@ -101,7 +101,9 @@ _capable: dict[int, bool] = {}
 
 def _is_new_enough(index: int) -> bool:
     if index not in _capable:
-        _capable[index] = torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (7, 0)
+        _capable[index] = torch.cuda.is_available() and (  # fake tensors are on devices that are not there
+            torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (7, 0)
+        )
     return _capable[index]
 
 
