@@ -5,12 +5,15 @@ heap of the whole process. Leaks are not looked for: Python and torch never free
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from torchcalc.native import build
+import torch
+
+from torchcalc.native import build, files
 
 HERE = Path(__file__).parent
 TESTS = ["test_optim.py", "test_refusals.py", "test_bound.py", "test_rounding.py", "test_grad_norm.py", "test_rows.py"]
@@ -36,6 +39,8 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="torchcalc-sanitized-") as directory:
         library = build.build(Path(directory), sanitize=True)
         assert b"__asan_init" in library.read_bytes()
+        for nodes in files.PACKAGE.glob(f"{files.nodes_name(torch.__version__)}*"):  # which call the kernels; with its hash
+            shutil.copy2(nodes, directory)
         log = Path(directory, "report")  # pytest captures stderr, which dies with the process
         environment = {
             **os.environ,
