@@ -16,7 +16,18 @@ import torch
 from torchcalc.native import build, files
 
 HERE = Path(__file__).parent
-TESTS = ["test_optim.py", "test_refusals.py", "test_bound.py", "test_rounding.py", "test_grad_norm.py", "test_rows.py"]
+TESTS = [
+    *("test_optim.py", "test_refusals.py", "test_bound.py", "test_rounding.py", "test_grad_norm.py", "test_rows.py"),
+    "../formula/test_pointwise.py",
+]
+    "test_optim.py",
+    "test_refusals.py",
+    "test_bound.py",
+    "test_rounding.py",
+    "test_grad_norm.py",
+    "test_rows.py",
+    "../formula/test_pointwise.py",
+]
 
 
 def library_of_compiler(*names: str) -> str:
@@ -39,7 +50,9 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="torchcalc-sanitized-") as directory:
         library = build.build(Path(directory), sanitize=True)
         assert b"__asan_init" in library.read_bytes()
-        for nodes in files.PACKAGE.glob(f"{files.nodes_name(torch.__version__)}*"):  # which call the kernels; with its hash
+        for nodes in files.PACKAGE.glob(
+            f"{files.nodes_name(torch.__version__)}*"
+        ):  # which call the kernels; with its hash
             shutil.copy2(nodes, directory)
         log = Path(directory, "report")  # pytest captures stderr, which dies with the process
         environment = {
