@@ -20,14 +20,6 @@ TESTS = [
     *("test_optim.py", "test_refusals.py", "test_bound.py", "test_rounding.py", "test_grad_norm.py", "test_rows.py"),
     "../formula/test_pointwise.py",
 ]
-    "test_optim.py",
-    "test_refusals.py",
-    "test_bound.py",
-    "test_rounding.py",
-    "test_grad_norm.py",
-    "test_rows.py",
-    "../formula/test_pointwise.py",
-]
 
 
 def library_of_compiler(*names: str) -> str:
