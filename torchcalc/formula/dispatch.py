@@ -21,6 +21,7 @@ from torchcalc import native
 from torchcalc.formula import launched
 from torchcalc.native import gpu
 from torchcalc.native import pointwise as kernels
+from torchcalc.promotion import widen
 from torchcalc.tracing import tracer_of
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def reduced(formula: Formula, reference: Callable[..., Tensor]) -> Callable[...,
             return reference(*args)
         inputs = args[: n + 1]
         if _is_any_autocast_enabled() and torch.is_autocast_enabled(args[0].device.type):
-            inputs = tuple(x if x is None else _as_float32(x) for x in inputs)
+            inputs = tuple(map(widen, inputs))
         y = None
         if (place := kernels.index(formula)) >= 0:
             y = kernels.reduced(place, *inputs, how, *args[n + 2 :])
@@ -132,7 +133,3 @@ def by_launch(
         return None
     total = launch(1.0, weight, *tensors, *numbers)
     return None if total is None else total / weight.sum()
-
-
-def _as_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -39,13 +39,13 @@ __all__ = ["LogSoftmax", "Softmax", "log_softmax", "softmax"]
 
 
 def softmax_backward(y: Tensor, g: Tensor, dim: int) -> Tensor:
-    wide, g = widen(y), widen(g)
-    return like(wide * (g - (wide * g).sum(dim, keepdim=True)), y)  # (5)
+    y, g = widen(y), widen(g)
+    return y * (g - (y * g).sum(dim, keepdim=True))  # (5)
 
 
 def log_softmax_backward(z: Tensor, g: Tensor, dim: int) -> Tensor:
     y, g = widen(z).exp(), widen(g)
-    return like(g - y * g.sum(dim, keepdim=True), z)  # (3)
+    return g - y * g.sum(dim, keepdim=True)  # (3)
 
 
 class SoftmaxFunction(Function):
@@ -69,7 +69,7 @@ class SoftmaxFunction(Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _dim: None, _dtype: None) -> Tensor:
         (y,) = ctx.saved_tensors
-        return softmax_backward(y, tangent.to(y.dtype), ctx.dim)
+        return like(softmax_backward(y, tangent.to(y.dtype), ctx.dim), y)
 
 
 class LogSoftmaxFunction(Function):

@@ -27,10 +27,11 @@ For classes q is kept as two parts, q = smooth + hard·e_y with smooth = w·ε/C
 (1 - ε)·w_y; for probabilities q is all smooth. A sample of class ignore_index has q = 0. The loss is L = Σ_n ℓ_n / N: N
 = 1 under sum; under mean N counts the samples, or for classes N = Σ_n w_(y_n) over those not ignored.
 
-Saves its arguments, which are alive anyway, and on CPU two numbers for each sample: its largest logit m and log Σ_k e^(x_k -
-m), from which p is computed anew in backward; torch keeps log p from forward, a tensor of the size of x. float16 and bfloat16
-are computed in float32, of which nothing is kept either. Forward reads the logits once, and backward once
-(native/csrc/rows.cpp); what follows are the same formulas as operations on tensors.
+Saves its arguments, which are alive anyway, and where a kernel computes it two or three numbers for each sample: its largest
+logit m, log Σ_k e^(x_k - m), and Σq where that differs; from these p is computed anew in backward. torch keeps log p from
+forward, a tensor of the size of x. float16 and bfloat16 are computed in float32, of which nothing is kept either. A kernel
+reads the logits once forward and once backward (native/csrc/rows.cpp on CPU, native/row_kernels.py on a GPU); what follows
+are the same formulas as operations on tensors.
 
 Reference: Bridle 1990, "Training stochastic model recognition algorithms as networks", NeurIPS 2. Label smoothing:
 Szegedy et al. 2016, arXiv:1512.00567.
@@ -160,15 +161,7 @@ def slope_w(x: Tensor, u: Distribution) -> Tensor:
     return -u.smooth * torch.log_softmax(widen(x), class_dim(x))  # (6), for probabilities
 
 
-def shares(
-    grad_output: Tensor, x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int, reduction: str
-) -> Tensor:
-    """∂L/∂ℓ of each sample, times what comes in; broadcasts against the logits."""
-    g = widen(grad_output) / normalizer(x, target, w, ignore_index, reduction)
-    return g.reshape(x.narrow(class_dim(x), 0, 1).shape) if reduction == "none" else g
-
-
-def gradient(
+def gradients(
     grad_output: Tensor,
     x: Tensor,
     target: Tensor,
@@ -176,11 +169,24 @@ def gradient(
     ignore_index: int,
     reduction: str,
     smoothing: float,
-) -> Tensor:
-    """∂L/∂x, times what comes in: what the kernel computes, by operations that have derivatives."""
+    needed: tuple[bool, ...] = (True, False, False),
+) -> tuple[Any, ...]:
+    """∂L/∂x, ∂L/∂t, ∂L/∂w, times what comes in; None for what is not needed. By operations that have derivatives."""
+    need_x, need_t, need_w = needed
     q = distribution(x, target, w, ignore_index, smoothing)
-    r = shares(grad_output, x, target, w, ignore_index, reduction) * q.counts
-    return like(slope_x(x, q, r), x)
+    g = widen(grad_output) / normalizer(x, target, w, ignore_index, reduction)
+    if reduction == "none":
+        g = g.reshape(x.narrow(class_dim(x), 0, 1).shape)
+    r = g * q.counts
+    grad_w = None
+    if need_w and w is not None:
+        u = distribution(x, target, None, ignore_index, smoothing)
+        grad_w = unbroadcast(r * slope_w(x, u), column(w, x)).to(w.dtype).view(w.shape)
+    return (
+        like(slope_x(x, q, r), x) if need_x else None,
+        like(r * slope_t(x, w, smoothing), target) if need_t else None,
+        grad_w,
+    )
 
 
 class CrossEntropyFunction(Function):
@@ -224,21 +230,9 @@ class CrossEntropyFunction(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, target, w = ctx.saved_tensors
         ignore_index, reduction, smoothing = ctx.options
-        need_x, need_t, need_w, *_ = ctx.needs_input_grad
-        q = distribution(x, target, w, ignore_index, smoothing)
-        r = shares(grad_output, x, target, w, ignore_index, reduction) * q.counts
-        grad_w = None
-        if need_w:
-            u = distribution(x, target, None, ignore_index, smoothing)
-            grad_w = unbroadcast(r * slope_w(x, u), column(w, x)).to(w.dtype).view(w.shape)
-        return (
-            like(slope_x(x, q, r), x) if need_x else None,
-            like(r * slope_t(x, w, smoothing), target) if need_t else None,
-            grad_w,
-            None,
-            None,
-            None,
-        )
+        needed = ctx.needs_input_grad[:3]
+        found = gradients(grad_output, x, target, w, ignore_index, reduction, smoothing, needed)
+        return *found, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, dt: Tensor | None, dw: Tensor | None, *_: None) -> Tensor:
@@ -271,7 +265,7 @@ class LaunchedCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, target, w = ctx.saved_tensors
         if torch.is_grad_enabled() or not fits([g]):
-            grad = gradient(g, x, target, w, *ctx.options)
+            grad, *_ = gradients(g, x, target, w, *ctx.options)
         else:
             grad = row_kernels.cross_entropy_gradient(g, x, target, w, ctx.kept, *ctx.options)
         return grad, None, None, None, None, None

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torchcalc.casts import cast
 from torchcalc.formula.launch import PLAIN
 from torchcalc.formula.launched import is_observed
+from torchcalc.formula.triton import ELEMENTS
 from torchcalc.layers.linear import linear
 from torchcalc.losses.cross_entropy import cross_entropy, normalizer
 from torchcalc.native import gpu, row_kernels
@@ -277,15 +278,22 @@ def takes(
         and x.numel() > 0
         and w.numel() > 0
         and (kernels.rows() is not None if x.is_cpu else gpu.takes(x.device))
-        and x.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        and x.dtype in ELEMENTS
         and all(a.dtype == x.dtype and a.device == x.device and a.layout is torch.strided for a in layer)
         and target.dtype == torch.int64
         and target.shape == x.shape[:1]
         and target.device == x.device
         and ways[1] in kernels.REDUCTIONS
         and ways[2] <= 1
-        and (class_weight is None or (class_weight.shape == w.shape[:1] and not class_weight.requires_grad))
-        and (class_weight is None or (class_weight.is_floating_point() and class_weight.device == x.device))
+        and (
+            class_weight is None
+            or (
+                class_weight.shape == w.shape[:1]
+                and class_weight.is_floating_point()
+                and class_weight.device == x.device
+                and not class_weight.requires_grad
+            )
+        )
     )
 
 

@@ -80,9 +80,9 @@ _library: Any = None
 def _register_second_derivatives() -> None:
     global _library
     from torchcalc.formula.pointwise import FORMULAS, gradients
-    from torchcalc.layers.softmax import log_softmax_backward
-    from torchcalc.layers.softmax import softmax_backward as product
-    from torchcalc.losses.cross_entropy import gradient
+    from torchcalc.layers import softmax
+    from torchcalc.losses.cross_entropy import gradients as cross_entropy_gradients
+    from torchcalc.promotion import like
 
     def differentiable_backward(
         name: str, g: Tensor, saved: Sequence[Tensor | None], numbers: Sequence[float], needed: Sequence[bool]
@@ -94,13 +94,14 @@ def _register_second_derivatives() -> None:
         return [grad for grad in gradients(formula, g, known, needed) if grad is not None]
 
     def softmax_backward(g: Tensor, y: Tensor, dim: int, log: bool) -> Tensor:
-        return (log_softmax_backward if log else product)(y, g, dim)
+        return like((softmax.log_softmax_backward if log else softmax.softmax_backward)(y, g, dim), y)
 
     def cross_entropy_backward(
         g: Tensor, x: Tensor, target: Tensor, w: Tensor | None, ignored: int, reduction: int, smoothing: float
     ) -> Tensor:
         name = next(name for name, code in REDUCTIONS.items() if code == reduction)
-        return gradient(g, x, target, w, ignored, name, smoothing)
+        (grad, *_) = cross_entropy_gradients(g, x, target, w, ignored, name, smoothing)
+        return grad
 
     _library = torch.library.Library("torchcalc_nodes", "FRAGMENT")
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Batched"):  # vmap's two kinds too

@@ -172,8 +172,7 @@ struct Rowwise {
       const int64_t y = class_of(job, sample), offset = r.at(sample);
       if (y == -2) return job.refused->store(true);
       T m = -infinity<T>, from = 0;  // what the sums are about: m, if that is a number
-      double s = 0, q = job.total, qx = 0;  // qx = Σ q·(x − m)
-      double q_so_far = 0;
+      double s = 0, q = 0, qx = 0;  // qx = Σ q·(x − m), of the classes so far
       for (int64_t at = 0, n; at < r.classes; at += n) {
         n = r.classes - at < chunk ? r.classes - at : chunk;
         const T* const x = widened(logits + offset + at, n, buffer);
@@ -181,7 +180,7 @@ struct Rowwise {
         if (!(top <= m)) {
           const double moved = static_cast<double>(from) - static_cast<double>(top);
           s = s == 0 ? 0 : s * math::exp_of_negative<Fma>(moved);
-          qx += select_times(q_so_far, moved);
+          qx += select_times(q, moved);
           m = top;
         }
         from = m == -infinity<T> ? T(0) : m;
@@ -189,19 +188,16 @@ struct Rowwise {
         for (int64_t i = 0; i < n; ++i) power[i] = math::exp_of_negative<Fma>(x[i] - from);
         s += sum_of(power, n);
         if (job.smooth == Smooth::none) continue;
-        double q_here;
         if (job.smooth == Smooth::same) {
           for (int64_t i = 0; i < n; ++i) power[i] = job.b * (x[i] - from);
-          q_here = static_cast<double>(job.b) * static_cast<double>(n);
+          q += static_cast<double>(job.b) * static_cast<double>(n);
         } else {
           fill_q(job, given ? widened(given + offset + at, n, read) : nullptr, at, n, row);
           for (int64_t i = 0; i < n; ++i) power[i] = select_times(row[i], x[i] - from);
-          q_here = sum_of(row, n);
+          q += sum_of(row, n);
         }
         qx += sum_of(power, n);
-        q_so_far += q_here;
       }
-      if (job.smooth != Smooth::none) q = q_so_far;
       const T at_class = y >= 0 ? static_cast<T>(load(logits[offset + y])) : T(0);
       finish(job, sample, y, m, static_cast<T>(math::log<Fma>(s)), q, qx, at_class);
     }

@@ -37,11 +37,16 @@ bool number_of(at::ScalarType type, Number& number) {
   }
 }
 
-// Numbers in memory that a kernel may read, with nothing of torch's left to be done to them.
+// In memory as it is, with nothing of torch's left to be done to it.
+bool is_array(const Tensor& x) {
+  return (x.device().is_cpu() || x.device().is_cuda()) && x.layout() == at::kStrided && !x.is_neg() && !x._is_zerotensor() &&
+      !at::isTensorSubclassLike(x);
+}
+
+// And of numbers that a kernel may read.
 bool is_plain(const Tensor& x) {
   Number number;
-  return (x.device().is_cpu() || x.device().is_cuda()) && x.layout() == at::kStrided && number_of(x.scalar_type(), number) && !x.is_neg() &&
-      !x._is_zerotensor() && !at::isTensorSubclassLike(x);
+  return is_array(x) && number_of(x.scalar_type(), number);
 }
 
 bool lies_like(const Tensor& x, const Tensor& like) { return x.sizes() == like.sizes() && x.strides() == like.strides(); }

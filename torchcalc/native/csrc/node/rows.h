@@ -27,10 +27,6 @@ struct Ways {
 
 at::ScalarType computed(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
-bool is_cpu_array(const Tensor& x) {
-  return x.device().is_cpu() && x.layout() == at::kStrided && !x.is_neg() && !x._is_zerotensor() && !at::isTensorSubclassLike(x);
-}
-
 // The logits as (outer, classes, inner); false where they have to be made contiguous first.
 bool lay_out(const Tensor& x, CrossEntropy& rows) {
   const int64_t axis = x.dim() == 1 ? 0 : 1;
@@ -119,7 +115,7 @@ struct CrossEntropyBackward : public KernelNode {
     const auto self = self_of(static_cast<Node*>(this));
     const Tensor x = saved_x.unpack(self), target = saved_target.unpack(self);
     const Tensor weight = has_weight ? saved_weight.unpack(self) : Tensor();
-    if (!is_plain(g) || !g.is_cpu() || !is_plain(x) || !is_cpu_array(target) || (has_weight && !is_plain(weight)) ||
+    if (!is_plain(g) || !g.is_cpu() || !is_plain(x) || !is_array(target) || (has_weight && !is_plain(weight)) ||
         at::GradMode::is_enabled()) {
       static const c10::OperatorHandle operation =
           c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::cross_entropy_backward", "");
@@ -147,7 +143,7 @@ struct CrossEntropyBackward : public KernelNode {
 
 // Sizes and dtypes that the kernels take; what is wrong besides is the reference's to say.
 bool takes(const Tensor& x, const Tensor& target, const Tensor& weight, const Ways& ways) {
-  if (!x.device().is_cpu() || x.dim() == 0 || x.numel() == 0 || !is_cpu_array(target)) return false;
+  if (!x.device().is_cpu() || x.dim() == 0 || x.numel() == 0 || !target.device().is_cpu() || !is_array(target)) return false;
   const int64_t classes = x.size(x.dim() == 1 ? 0 : 1);
   if (!(ways.smoothing >= 0 && ways.smoothing <= 1) || (ways.reduction != none && ways.reduction != mean && ways.reduction != sum)) {
     return false;
@@ -176,22 +172,16 @@ std::optional<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const
     const int64_t samples = arrays.rows.samples();
     statistics = at::detail::empty_cpu({arrays.rows.probabilities ? 3 : 2, samples}, computed(x.scalar_type()));
     arrays.rows.statistics = statistics.mutable_data_ptr();
-    const bool whole = ways.reduction == none;
-    Tensor losses;
-    if (whole) losses = at::detail::empty_cpu(arrays.rows.target ? target.sizes() : at::IntArrayRef{}, at::kDouble);
-    if (whole && !arrays.rows.target) {
-      std::vector<int64_t> size = x.sizes().vec();
-      size.erase(size.begin() + (x.dim() == 1 ? 0 : 1));
-      losses = at::detail::empty_cpu(size, at::kDouble);
-    }
-    std::vector<double> own(whole ? 0 : static_cast<size_t>(samples));
-    double* const each = whole ? losses.mutable_data_ptr<double>() : own.data();
+    std::vector<int64_t> size = x.sizes().vec();
+    size.erase(size.begin() + (x.dim() == 1 ? 0 : 1));
+    const Tensor losses = at::detail::empty_cpu(size, at::kDouble);
+    double* const each = losses.mutable_data_ptr<double>();
     if (!table->rows->cross_entropy(arrays.rows, each)) return std::nullopt;
-    if (whole) {
+    if (ways.reduction == none) {
       out = losses.to(x.scalar_type());
     } else {
       double total = 0;
-      for (const double loss : own) total += loss;
+      for (int64_t i = 0; i < samples; ++i) total += each[i];
       if (ways.reduction == mean) total /= divisor = arrays.divisor();
       out = at::detail::empty_cpu({}, x.scalar_type());
       out.fill_(total);
