@@ -78,10 +78,10 @@ $(VENV)/.created:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# The build backend first: what is installed without build isolation need not be downloaded for each build.
+# Another torch says itself which setuptools it takes. The build backend first: what is installed without build isolation need not be downloaded for each build.
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile torchcalc/native/hatch_build.py
 	@echo 'Installing torch $(PIN), torchcalc and its tools into $(VENV): minutes, the first time'
-	@sed 's/^torch==.*/torch==$(PIN)/' constraints.txt > $(VENV)/constraints.txt
+	@sed 's/^torch==.*/torch==$(PIN)/$(if $(TORCH),; /^setuptools==/d)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt 'torch==$(PIN)' hatchling editables
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e '.[recipes,dev]'
 	@touch $@

@@ -21,6 +21,7 @@ Reference: the chain rule; chunks and gradients in forward: Hsu et al. 2024, "Li
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -316,13 +317,43 @@ def _chunked(
     return loss
 
 
-class LinearCrossEntropyLoss(NotScripted, nn.LinearCrossEntropyLoss):
+_Base: Any = getattr(nn, "LinearCrossEntropyLoss", nn.Module)  # from torch 2.13 on
+
+
+class LinearCrossEntropyLoss(NotScripted, _Base):  # type: ignore[misc]
     """Module of :func:`linear_cross_entropy`, as ``torch.nn.LinearCrossEntropyLoss``, with the state_dict's keys of that.
 
     >>> loss = LinearCrossEntropyLoss(in_features=3, num_classes=5)
     >>> loss(torch.zeros(2, 3), torch.tensor([0, 4]))
     tensor(1.6094, grad_fn=<LinearCrossEntropyFunctionBackward>)
     """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+    ) -> None:
+        """Args: those of ``torch.nn.LinearCrossEntropyLoss``; ``options`` is ignored."""
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        nn.Module.__init__(self)
+        self.register_buffer("weight", weight)
+        self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
+        self.num_classes, self.out_features, self.options = num_classes, out_features, options
+        outputs = math.prod(out_features, start=num_classes)
+        self.linear = nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Apply :func:`linear_cross_entropy`; ``(N, in_features)`` against ``(N,)``."""
