@@ -320,7 +320,7 @@ def _chunked(
 _Base: Any = getattr(nn, "LinearCrossEntropyLoss", nn.Module)  # from torch 2.13 on
 
 
-class LinearCrossEntropyLoss(NotScripted, _Base):  # type: ignore[misc]
+class LinearCrossEntropyLoss(NotScripted, _Base):
     """Module of :func:`linear_cross_entropy`, as ``torch.nn.LinearCrossEntropyLoss``, with the state_dict's keys of that.
 
     >>> loss = LinearCrossEntropyLoss(in_features=3, num_classes=5)
