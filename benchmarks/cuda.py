@@ -135,16 +135,50 @@ def pointwise(name: str, bar: float, n: int, dtype: torch.dtype) -> Result:
     return measure(f"{name} {n:,} {str(dtype)[6:]}", bar, both(stock), both(getattr(ours, name)))
 
 
-def loss(name: str, bar: float) -> Result:
-    x = torch.randn(8192, 1024, device="cuda", requires_grad=True)
-    t = torch.rand(8192, 1024, device="cuda")
+def loss(name: str, bar: float, shape: Shape = (8192, 1024), dtype: torch.dtype = torch.float32) -> Result:
+    x = torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
+    t = torch.rand_like(x)
     if name == "cross_entropy":
-        t = torch.randint(1024, (8192,), device="cuda")
+        t = torch.randint(shape[1], shape[:1], device="cuda")
 
     def both(f: Callable[..., Tensor]) -> Call:
         return lambda: torch.autograd.grad(f(x, t), x)
 
-    return measure(f"{name} 8192x1024", bar, both(getattr(F, name)), both(getattr(ours, name)))
+    stock, mine = both(getattr(F, name)), both(getattr(ours, name))
+    result = measure(f"{name} {shape[0]}x{shape[1]} {str(dtype)[6:]}", bar, stock, mine)
+    if name == "cross_entropy":
+        result.stock_mb, result.ours_mb = peak(stock), peak(mine)
+    return result
+
+
+def head_loss(name: str, bar: float, n: int, d: int, v: int) -> Result:
+    """linear_cross_entropy against a linear layer and cross_entropy."""
+    x = torch.randn(n, d, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    w = (torch.randn(v, d, device="cuda") / d**0.5).bfloat16().requires_grad_()
+    t = torch.randint(v, (n,), device="cuda")
+
+    def stock() -> Any:
+        return torch.autograd.grad(F.cross_entropy(F.linear(x, w), t), (x, w))
+
+    def mine() -> Any:
+        return torch.autograd.grad(ours.linear_cross_entropy(x, w, t), (x, w))
+
+    for a, b in zip(stock(), mine(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=5e-3 * float(a.abs().max()))
+    result = measure(name, bar, stock, mine, rounds=6)
+    result.stock_mb, result.ours_mb = peak(stock), peak(mine)
+    return result
+
+
+def peak(call: Call) -> float:
+    """MB beyond what was there before."""
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 class Block(nn.Module):
@@ -168,9 +202,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 124M, without dropout."""
 
-    def __init__(self, gelu: Callable[..., Tensor], cross_entropy: Callable[..., Tensor], layers: int = 12) -> None:
+    def __init__(
+        self, gelu: Callable[..., Tensor], cross_entropy: Callable[..., Tensor], layers: int = 12, fused: bool = False
+    ) -> None:
         super().__init__()
-        self.cross_entropy = cross_entropy
+        self.cross_entropy, self.fused = cross_entropy, fused  # the latter takes the head too
         self.tokens, self.places = nn.Embedding(50257, 768), nn.Embedding(1024, 768)
         self.blocks = nn.ModuleList(Block(768, 12, gelu) for _ in range(layers))
         self.norm = nn.LayerNorm(768)
@@ -179,18 +215,24 @@ class GPT(nn.Module):
         x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        logits = F.linear(self.norm(x), self.tokens.weight)
+        x = self.norm(x)
+        if self.fused:
+            return self.cross_entropy(x.flatten(0, 1), self.tokens.weight, targets.flatten())
+        logits = F.linear(x, self.tokens.weight)
         return self.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def gpt(name: str, bar: float, compiled: bool) -> Result:
+def gpt(name: str, bar: float, compiled: bool, fused: bool = False) -> Result:
     tokens = torch.randint(50257, (8, 1024), device="cuda")
     targets = tokens.roll(-1, 1)
 
     def make(stock: bool) -> Call:
         torch.manual_seed(0)
         with torch.device("cuda"):
-            model = GPT(F.gelu, F.cross_entropy) if stock else GPT(ours.gelu, ours.cross_entropy)
+            if stock:
+                model = GPT(F.gelu, F.cross_entropy)
+            else:
+                model = GPT(ours.gelu, ours.linear_cross_entropy if fused else ours.cross_entropy, fused=fused)
         optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
             if stock
@@ -214,14 +256,8 @@ def gpt(name: str, bar: float, compiled: bool) -> Result:
     peaks = []
     for call in (stock, mine):
         for _ in range(3):
-            value = call()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        value = call()
-        torch.cuda.synchronize()
-        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20)
-        assert value.isfinite()
+            assert call().isfinite()
+        peaks.append(peak(call))
     result = measure(name, bar, stock, mine, rounds=8, seconds=6.0)
     result.stock_mb, result.ours_mb = peaks
     return result
@@ -251,12 +287,28 @@ def rows() -> list[tuple[str, Callable[[], Result]]]:
         for dtype in ((single, half) if n > 1024 else (single,))
     ]
     table += [row(name, loss, name, 1.0) for name in ("mse_loss", "l1_loss", "huber_loss")]
-    table += [row(name, loss, name, 1.0) for name in ("binary_cross_entropy_with_logits", "cross_entropy")]
-    table += [row(name, gpt, name, bar, compiled) for name, bar, compiled in GPTS]
+    table += [row("binary_cross_entropy_with_logits", loss, "binary_cross_entropy_with_logits", 1.0)]
+    table += [
+        row("cross_entropy", loss, "cross_entropy", bar, shape, dtype)
+        for bar, shape, dtype in (
+            (0.9, (32, 10), single), (1.0, (8192, 1024), single), (2.0, (8192, 50257), single), (1.6, (8192, 50257), half)
+        )
+    ]  # fmt: skip
+    table += [row(name, head_loss, name, 1.0, *sizes) for name, sizes in HEADS.items()]
+    table += [row(name, gpt, name, bar, compiled, fused) for name, bar, compiled, fused in GPTS]
     return table
 
 
-GPTS = (("GPT-2 124M, 8x1024, eager", 1.02, False), ("GPT-2 124M, 8x1024, compiled", 1.0, True))
+HEADS = {
+    "linear_cross_entropy 8192x768x50257 bfloat16": (8192, 768, 50257),
+    "linear_cross_entropy 8192x2304x256000 bfloat16": (8192, 2304, 256000),
+}
+#: Bars are those of a swap of GELU, cross-entropy, clipping and AdamW; and of the head too.
+GPTS = (
+    ("GPT-2 124M, 8x1024, eager", 1.02, False, False),
+    ("GPT-2 124M, 8x1024, eager, fused head", 1.15, False, True),
+    ("GPT-2 124M, 8x1024, compiled", 1.0, True, False),
+)
 
 
 def main() -> int:

@@ -69,6 +69,20 @@ def test_as_torch_in_float64(shape: tuple[int, int], dtype: torch.dtype) -> None
             assert torch.allclose(a.double(), b, rtol=eps, atol=eps), options
 
 
+def test_rows_of_a_padded_table() -> None:
+    """As linear_cross_entropy has them: even rows of no even length, whose gradient takes their place."""
+    for classes in (70, 64, 4100):
+        table = torch.randn(5, classes // 16 * 16 + 32)
+        x, t = table[:, :classes], torch.randint(classes, (5,))
+        x_, right = x.clone().requires_grad_(), table.clone()
+        loss, kept = row_kernels.cross_entropy(x, t, None, -100, "sum", 0.1)
+        expected = F.cross_entropy(x_, t, reduction="sum", label_smoothing=0.1)
+        right[:, :classes] = torch.autograd.grad(expected, x_)[0]
+        row_kernels.cross_entropy_gradient(torch.ones(()), x, t, None, kept, -100, "sum", 0.1, out=x)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(table, right)
+
+
 def test_more_rows_than_are_summed_at_once() -> None:
     x, t = torch.randn(row_kernels.TOGETHER + 5, 2), torch.arange(row_kernels.TOGETHER + 5) % 2
     assert torch.allclose(launched(x.requires_grad_(), t), F.cross_entropy(x, t))

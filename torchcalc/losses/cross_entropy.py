@@ -286,6 +286,8 @@ def _launched(
         or (w is not None and (not fits([w]) or (w.requires_grad and torch.is_grad_enabled())))
     ):
         return None
+    if x.is_cuda:
+        row_kernels.enter(x, target, w, ignore_index, reduction, smoothing)
     loss: Tensor = LaunchedCrossEntropyFunction.apply(x, target, w, ignore_index, reduction, smoothing)
     return loss
 

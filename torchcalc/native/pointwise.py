@@ -45,7 +45,7 @@ def index(formula: Formula) -> int:
 
 def rows() -> Any:
     """The module with cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing) and softmax(input, dim,
-    log); None where it is not there."""
+    log), and of what steps and launches on a GPU use; None where it is not there."""
     return _nodes if _connect() else None
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchcalc.formula.triton import ELEMENTS, TYPES, compute_type, signature
-from torchcalc.native import gpu
+from torchcalc.native import gpu, pointwise
 
 __all__ = ["Kept", "cross_entropy", "cross_entropy_gradient", "takes"]
 
@@ -56,9 +57,9 @@ def cross_entropy(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     statistics = torch.empty((3, rows), dtype=wide, device=x.device)
     losses, shares, inverse = (torch.empty(n, dtype=wide, device=x.device) for n in (rows, rows, 1))
-    kernel = _forward(*_kind(x, w, smoothing))
+    kind = _kind(x, w, smoothing)
     tensors = [x, target, *([] if w is None else [w]), losses, shares, statistics]
-    kernel.launch(x.device, rows, tensors, _numbers(x, ignored, smoothing))
+    _forward(*kind).launch(x.device, rows, tensors, _numbers(kind, x, (x,), ignored, smoothing))
     if reduction == "none":
         inverse.fill_(1)
         return losses.to(x.dtype), Kept(statistics, inverse)
@@ -78,44 +79,74 @@ def cross_entropy_gradient(
     smoothing: float,
     out: Tensor | None = None,
 ) -> Tensor:
-    """∂L/∂x, times what comes in, which has the loss's shape. out: where to, x itself too; contiguous."""
-    rows, classes = x.shape
-    grad = torch.empty((rows, classes), dtype=x.dtype, device=x.device) if out is None else out
-    block, *_ = kind = _kind(x, w, smoothing)
-    kernel = _backward(*kind, reduction == "none")
+    """∂L/∂x, times what comes in, which has the loss's shape. out: where to, x itself too."""
+    grad = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    kind = _kind(x, w, smoothing, grad)
     tensors = [x, grad, target, *([] if w is None else [w]), *kept, g.to(kept.inverse.dtype).contiguous()]
-    kernel.launch(x.device, rows * -(-classes // block), tensors, _numbers(x, ignored, smoothing))
+    programs = len(x) * -(-x.shape[1] // kind.block)
+    numbers = _numbers(kind, x, (x, grad), ignored, smoothing)
+    _backward(*kind, reduction == "none").launch(x.device, programs, tensors, numbers)
     return grad
 
 
-def _kind(x: Tensor, w: Tensor | None, smoothing: float) -> tuple[int, torch.dtype, bool, bool, bool]:
-    """What there are kernels of: a row's block, the dtype, whether rows are even, and what is asked for."""
+class Kind(NamedTuple):
+    """What there are kernels of."""
+
+    block: int  # of a row
+    dtype: torch.dtype
+    even: bool  # every row begins at a multiple of 16 bytes and of 16 elements,
+    whole: bool  # and has a multiple of 16 classes: so wide accesses can be
+    weighted: bool
+    smoothed: bool
+
+
+def _kind(x: Tensor, w: Tensor | None, smoothing: float, *others: Tensor) -> Kind:
     block = min(LONGEST, 1 << max(x.shape[1] - 1, 15).bit_length())
-    return block, x.dtype, _is_even(x), w is not None, smoothing != 0
+    even = all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, *others))
+    return Kind(block, x.dtype, even, x.shape[1] % 16 == 0, w is not None, smoothing != 0)
 
 
-def _is_even(x: Tensor) -> bool:
-    """Whether every row begins and ends at a multiple of 16 bytes and 16 elements, so that accesses can be so wide."""
-    return x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
-
-
-def _numbers(x: Tensor, ignored: int, smoothing: float) -> tuple[float, ...]:
-    """Even sizes are given in sixteens: the compiler sees the product."""
+def _numbers(kind: Kind, x: Tensor, strided: Sequence[Tensor], ignored: int, smoothing: float) -> tuple[float, ...]:
+    """Sizes that are known to be multiples of 16 are given in sixteens: the compiler sees the product."""
     rows, classes = x.shape
-    unit = 16 if _is_even(x) else 1
-    return rows, classes // unit, x.stride(0) // unit, ignored, 1 - smoothing, smoothing / classes
+    strides = [t.stride(0) // (16 if kind.even else 1) for t in strided]
+    return rows, classes // (16 if kind.whole else 1), *strides, ignored, 1 - smoothing, smoothing / classes
 
 
-#: The kernels' numbers, in their order; hard and smooth are of the type that is computed in.
-NUMBERS = {"rows": "i64", "classes": "i64", "stride": "i64", "ignored": "i64"}
-EVEN = """
-    classes = classes * 16
-    stride = stride * 16"""
+_entered: set[Any] = set()
 
 
-def _q(weighted: bool) -> str:
+def enter(x: Tensor, target: Tensor, w: Tensor | None, ignored: int, reduction: str, smoothing: float) -> None:
+    """Compile the kernels for such arguments, and tell the nodes, which launch them from then on."""
+    kind, by_row = _kind(x, w, smoothing), reduction == "none"
+    key = kind, by_row, x.device
+    if key in _entered or gpu.capturing(x.device) or (nodes := pointwise.rows()) is None:
+        return
+    _entered.add(key)
+    with torch.no_grad():
+        row = x[:1]
+        loss, kept = cross_entropy(row, target[:1], w, ignored, reduction, smoothing)
+        cross_entropy_gradient(loss, row, target[:1], w, kept, ignored, reduction, smoothing)
+        cross_entropy(row, target[:1], w, ignored, "sum", smoothing)
+    # The gradient is contiguous: its rows are even where they are whole.
+    backward = kind._replace(even=kind.even and kind.whole)
+    handles = [each.handle(x.device) for each in (_forward(*kind), _sum(x.dtype), _backward(*backward, by_row))]
+    if None not in handles:
+        block, dtype, *flags = kind
+        nodes.enter_rows(dtype, x.device.index, block, *flags, by_row, *handles)
+
+
+def _arguments(kind: Kind, tensors: dict[str, str], strides: Sequence[str], type_: str) -> tuple[dict[str, str], str]:
+    """Those of a kernel; and the lines that make whole numbers of sixteens."""
+    numbers = dict.fromkeys(("rows", "classes", *strides, "ignored"), "i64")
+    sixteens = (["classes"] if kind.whole else []) + (list(strides) if kind.even else [])
+    lines = "".join(f"\n    {x} = {x} * 16" for x in sixteens)
+    return tensors | numbers | {"hard": type_, "smooth": type_}, lines
+
+
+def _q(weighted: bool, mask: str = "") -> str:
     """What each class of a row has of q besides the target's own: smoothing, by its weight."""
-    return "smooth * tl.load(weight + o, mask=there, other=0.0).to(T)" if weighted else "tl.full((BLOCK,), smooth, T)"
+    return f"smooth * tl.load(weight + o{mask}).to(T)" if weighted else "tl.full((BLOCK,), smooth, T)"
 
 
 def _of_class(weighted: bool) -> str:
@@ -123,16 +154,28 @@ def _of_class(weighted: bool) -> str:
 
 
 @functools.cache
-def _forward(block: int, dtype: torch.dtype, even: bool, weighted: bool, smoothed: bool) -> gpu.Kernel:
+def _forward(block: int, dtype: torch.dtype, even: bool, whole: bool, weighted: bool, smoothed: bool) -> gpu.Kernel:
+    kind = Kind(block, dtype, even, whole, weighted, smoothed)
     type_, element = compute_type([dtype]), ELEMENTS[dtype]
-    arguments = {"x": f"*{element}", "target": "*i64"} | ({"weight": f"*{element}"} if weighted else {})
-    arguments |= dict.fromkeys(("losses", "shares", "statistics"), f"*{type_}")
-    arguments |= NUMBERS | {"hard": type_, "smooth": type_}
-    more = f"""
-        q = tl.where(there, {_q(weighted)}, 0.0)
+    tensors = {"x": f"*{element}", "target": "*i64"} | ({"weight": f"*{element}"} if weighted else {})
+    tensors |= dict.fromkeys(("losses", "shares", "statistics"), f"*{type_}")
+    arguments, sixteens = _arguments(kind, tensors, ("stride",), type_)
+
+    def block_of_row(mask: str, there: str) -> str:
+        """Lines for the block at c."""
+        smooth = f"""
+        q = {there % _q(weighted, mask and ", mask=there, other=0.0")}
         d = d + tl.where(total == 0.0, 0.0, total * (before - about)) + tl.sum(tl.where(q == 0.0, 0.0, q * (v - about)))
         total = total + tl.sum(q)"""
-    text = f"""{EVEN if even else ""}
+        return f"""
+        v = tl.load(x + o{mask}).to(T)
+        before = about
+        top = tl.maximum(top, tl.max(v))
+        about = tl.where(top == float("-inf"), 0.0, top)
+        s = tl.where(s == 0.0, 0.0, s * libdevice.exp(before - about))
+        s += tl.sum(libdevice.exp(v - about)){smooth if smoothed else ""}"""
+
+    text = f"""{sixteens}
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
     y = tl.load(target + row)
@@ -141,15 +184,12 @@ def _forward(block: int, dtype: torch.dtype, even: bool, weighted: bool, smoothe
     s = tl.full((), 0.0, T)
     total = tl.full((), 0.0, T)
     d = tl.full((), 0.0, T)
-    for c in range(0, classes, BLOCK):
-        o = c + tl.arange(0, BLOCK)
-        there = o < classes
-        v = tl.load(x + o, mask=there, other=float("-inf")).to(T)
-        before = about
-        top = tl.maximum(top, tl.max(v))
-        about = tl.where(top == float("-inf"), 0.0, top)
-        s = tl.where(s == 0.0, 0.0, s * libdevice.exp(before - about))
-        s += tl.sum(libdevice.exp(v - about)){more if smoothed else ""}
+    last = classes // BLOCK * BLOCK
+    for c in range(0, last, BLOCK):
+        o = c + tl.arange(0, BLOCK){block_of_row("", "%s")}
+    if last < classes:
+        o = last + tl.arange(0, BLOCK)
+        there = o < classes{block_of_row(', mask=there, other=float("-inf")', "tl.where(there, %s, 0.0)")}
     log_s = libdevice.log(s)
     counts = y != ignored
     known = (y >= 0) & (y < classes)
@@ -191,31 +231,43 @@ def _sum(dtype: torch.dtype) -> gpu.Kernel:
 
 
 @functools.cache
-def _backward(block: int, dtype: torch.dtype, even: bool, weighted: bool, smoothed: bool, by_row: bool) -> gpu.Kernel:
+def _backward(
+    block: int, dtype: torch.dtype, even: bool, whole: bool, weighted: bool, smoothed: bool, by_row: bool
+) -> gpu.Kernel:
+    kind = Kind(block, dtype, even, whole, weighted, smoothed)
     type_, element = compute_type([dtype]), ELEMENTS[dtype]
-    arguments = {"x": f"*{element}", "grad": f"*{element}", "target": "*i64"}
-    arguments |= ({"weight": f"*{element}"} if weighted else {}) | {"statistics": f"*{type_}", "inverse": f"*{type_}"}
-    arguments |= {"g": f"*{type_}"}
-    arguments |= NUMBERS | {"hard": type_, "smooth": type_}
-    text = f"""{EVEN if even else ""}
+    tensors = {"x": f"*{element}", "grad": f"*{element}", "target": "*i64"}
+    tensors |= ({"weight": f"*{element}"} if weighted else {}) | {"statistics": f"*{type_}", "inverse": f"*{type_}"}
+    tensors |= {"g": f"*{type_}"}
+    arguments, sixteens = _arguments(kind, tensors, ("stride", "grad_stride"), type_)
+
+    def block_of_row(mask: str, load: str, zero: str) -> str:
+        return f"""
+        v = tl.load(x + o{load}).to(T)
+        slope = factor * libdevice.exp((v - top) - log_s)
+        slope = tl.where(o == y, slope - share * own, slope)
+        {f"slope = slope - share * {_q(weighted, zero)}" if smoothed else ""}
+        slope = tl.where(y != ignored, slope, 0.0)
+        tl.store(grad + o, slope.to({TYPES[element]}){mask})"""
+
+    text = f"""{sixteens}
     blocks = (classes + BLOCK - 1) // BLOCK
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
-    o = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    there = o < classes
+    start = (program % blocks) * BLOCK
+    x += row * stride
+    grad += row * grad_stride
+    o = start + tl.arange(0, BLOCK)
     y = tl.load(target + row)
     known = (y >= 0) & (y < classes)
     top = tl.load(statistics + row)
     log_s = tl.load(statistics + rows + row)
     share = tl.load(g{" + row" if by_row else ""}).to(T) * tl.load(inverse)
     own = tl.where(known, hard * {_of_class(weighted)}, float("nan"))
-    v = tl.load(x + row * stride + o, mask=there, other=float("-inf")).to(T)
-    p = libdevice.exp((v - top) - log_s)
-    slope = share * (own{" + tl.load(statistics + 2 * rows + row)" if smoothed else ""}) * p
-    slope = tl.where(o == y, slope - share * own, slope)
-    {"slope = slope - share * " + _q(weighted) if smoothed else ""}
-    slope = tl.where(y != ignored, slope, 0.0)
-    tl.store(grad + row * classes + o, slope.to({TYPES[element]}), mask=there)
+    factor = share * (own{" + tl.load(statistics + 2 * rows + row)" if smoothed else ""})
+    if start + BLOCK <= classes:{block_of_row("", "", "")}
+    else:
+        there = o < classes{block_of_row(", mask=there", ', mask=there, other=float("-inf")', ", mask=there, other=0.0")}
 """
     return _kernel("cross_entropy_backward", arguments, text, type_, block, 2 * even)
 

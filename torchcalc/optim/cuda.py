@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchcalc.formula.rule import record
 from torchcalc.formula.triton import ELEMENTS, compute_type
-from torchcalc.native import gpu
+from torchcalc.native import gpu, pointwise
 from torchcalc.optim import cuda_kernels as kernels
 from torchcalc.optim.cuda_kernels import BLOCK, LANES, Way
 from torchcalc.optim.extras import NORMAL, Scaling, draw_seed
@@ -44,11 +44,18 @@ class Memory:
         self.plans: dict[tuple[int, bytes], Plan | None] = {}  # by group, and by which parameters have a gradient
         self.counters: dict[tuple[int, torch.device], Counter] = {}
         self.controls: dict[torch.device, Control] = {}
+        self.last: dict[int, Plan] = {}  # by group: that of the last step
         self.states: list[dict[str, Any]] = []
         self.capturing = False  # a CUDA graph, during this step
         self.captured: list[Any] = []  # what CUDA graphs read and write: as long as the optimizer lives
         if before is not None:
             self.captured = [*before.captured, before.controls]
+
+    def forget(self) -> None:
+        """Drop the plans."""
+        self.plans.clear()
+        self.last.clear()
+        self.states = []
 
 
 class Unfit(Exception):
@@ -81,17 +88,18 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
     controlled = measured or grad_scale is not None or found_inf is not None
     skips = optimizer.skip_nonfinite or found_inf is not None
     memory.capturing = gpu.capturing()
-    if memory.plans and not _same(memory.states, optimizer.state.values()):
-        memory.plans.clear()
-    work: list[tuple[dict[str, Any], Plan | None, list[Tensor], Callable[[Scaling], None] | None]] = []
+    known = _same(memory.states, optimizer.state)
+    if not known:
+        memory.forget()
+    work: list[tuple[dict[str, Any], Plan | None, Callable[[Scaling], None] | None]] = []
     devices: set[torch.device] = set()
     for index, group in enumerate(optimizer.param_groups):
-        plan, grads = _plan(optimizer, memory, index, group, skips) if goes(group) else (None, [])
+        plan = _plan(optimizer, memory, index, group, skips) if goes(group) else None
         if plan is not None:
-            work.append((group, plan, grads, None))
-            devices.update(batch.device for batch in plan.batches)
+            work.append((group, plan, None))
+            devices |= plan.devices
         elif not controlled:
-            work.append((group, None, [], optimizer._prepare(index, group)))
+            work.append((group, None, optimizer._prepare(index, group)))
         elif any(p.grad is not None for p in group["params"]):
             return False
         if controlled and plan is not None and plan.rest:
@@ -102,15 +110,17 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
     if any(t is not None and t.device != device for t in (grad_scale, found_inf)):
         return False
     try:
-        values = [None if plan is None else plan.values(optimizer, group) for group, plan, _, _ in work]
+        values = [None if plan is None else plan.values(optimizer, group) for group, plan, _ in work]
     except Unfit:
         return False
-    memory.states = list(optimizer.state.values())
+    if not known or len(memory.states) != len(optimizer.state):
+        memory.states = list(optimizer.state.values())
     optimizer._note_plans()
     seed = draw_seed() if optimizer.rounding == "stochastic" else None
-    batches = [batch for _, plan, _, _ in work if plan is not None for batch in plan.batches]
-    for _, plan, _, _ in work:
+    batches: list[Batch] = []
+    for _, plan, _ in work:
         if plan is not None:
+            batches += plan.batches
             for batch in plan.batches:
                 batch.hand_over(plan.grads, memory)
     control = counter = None
@@ -119,13 +129,13 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
         memory.capturing or any(group.get("capturable") for group in optimizer.param_groups)
     )
     if controlled or counted:
-        known = memory.controls.get(device)
-        if known is None:
-            known = memory.controls[device] = Control(device)
-        known.finish(optimizer, batches, grad_scale, found_inf, counted, measured)
-        control = known if controlled else None
-        counter = known if counted else None
-    for (group, plan, _, rule), value in zip(work, values, strict=True):
+        if device not in memory.controls:
+            memory.controls[device] = Control(device)
+        both = memory.controls[device]
+        both.finish(optimizer, batches, grad_scale, found_inf, counted, measured)
+        control = both if controlled else None
+        counter = both if counted else None
+    for (group, plan, rule), value in zip(work, values, strict=True):
         scaling = NORMAL if seed is None else Scaling(seed=seed)
         if plan is None:
             assert rule is not None
@@ -143,37 +153,41 @@ def skipped_steps(memory: Memory) -> int:
     return sum(int(control.skipped.item()) for control in memory.controls.values())
 
 
-def _plan(
-    optimizer: Any, memory: Memory, index: int, group: dict[str, Any], skips: bool
-) -> tuple[Plan | None, list[Tensor]]:
-    """The plan for the parameters of a group that have a gradient, and these; None if the rule does the group.
+def _plan(optimizer: Any, memory: Memory, index: int, group: dict[str, Any], skips: bool) -> Plan | None:
+    """The plan for the parameters of a group that have a gradient; None if the rule does the group.
 
     skips: whether the step may be skipped.
     """
+    keys = tuple(optimizer.slots(group).values())
+    last = memory.last.get(index)
+    if last is not None and not memory.capturing and last.still_holds(group, keys):
+        return last
     params, pattern = group["params"], b""
     found = [p.grad for p in params]
     grads = [g for g in found if g is not None]
     if not grads or not _is_recorded(optimizer):
-        return None, []
+        return None
     if len(grads) != len(params):
         pattern = bytes([g is not None for g in found])
         params = [p for p, g in zip(params, found, strict=True) if g is not None]
     key = index, pattern
-    keys = tuple(optimizer.slots(group).values())
     plan = memory.plans.get(key)
     if plan is None or not plan.holds(group, params, grads, keys):
         if memory.capturing:  # what a plan keeps on the device comes from the host
-            return None, []
+            return None
         # A first step may have another formula, and if it is skipped it must leave no state: the rule does it.
         if (skips or _uses_first(optimizer)) and not _has_state(optimizer, params, keys):
-            return None, []
+            return None
         entries = optimizer._entries(group, params)
         if len(memory.plans) >= MOST_PLANS * len(optimizer.param_groups):
-            memory.plans.clear()
+            memory.forget()
         plan = memory.plans[key] = Plan(optimizer, memory, index, group, entries, keys)
     elif memory.capturing and "capturable" in optimizer.defaults:
         check_graph_capture(optimizer)
-    return (plan, grads) if plan.batches else (None, [])
+    if not plan.batches:
+        return None
+    memory.last[index] = plan
+    return plan
 
 
 def _has_state(optimizer: Any, params: list[Tensor], keys: tuple[str, ...]) -> bool:
@@ -214,25 +228,25 @@ class Batch:
         self.blocks = (torch.arange(self.programs, device="cpu") - starts).int().to(self.device)
         self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
         self.grads: Tensor | None = None
-        self.addresses: list[int] = []
+        self.addresses: tuple[int, ...] = ()
         self.stream = gpu.stream(self.device)
         self.step_places: list[int] = []  # among the group's step counts
         self.steps = number.to(self.device)  # the same, on the device
         self.rows: dict[int, Tensor] = {}
         self.kernels: dict[Any, Any] = {}
 
-    def hand_over(self, addresses: list[int], memory: Memory) -> None:
+    def hand_over(self, addresses: tuple[int, ...], memory: Memory) -> None:
         """The addresses of all gradients of the plan, if they differ from those that the device knows."""
         if len(self.places) != len(addresses):
-            addresses = [addresses[i] for i in self.places]
+            addresses = tuple([addresses[i] for i in self.places])
         stream = gpu.stream(self.device)
         known = addresses == self.addresses and stream == self.stream
         if memory.capturing:
             if not known:
                 # A graph would read the host's memory at each replay: it holds the addresses themselves instead.
                 size = kernels.ADDRESSES
-                padded = addresses + [0] * (-len(addresses) % size)
-                self.grads, self.addresses = torch.empty(len(padded), dtype=torch.int64, device=self.device), []
+                padded = (*addresses, *[0] * (-len(addresses) % size))
+                self.grads, self.addresses = torch.empty(len(padded), dtype=torch.int64, device=self.device), ()
                 for i in range(0, len(padded), size):
                     kernels.copy_addresses().launch(self.device, 1, [self.grads], (i, *padded[i : i + size]))
             memory.captured += [self, self.grads]
@@ -295,9 +309,12 @@ class Plan:
         self.strides = [entries[i].g.stride() for i in taken]
         self.unaligned = any(not batch.aligned for batch in self.batches)
         self.looks = [_look(entries[i].p) for i in self.rest]
-        self.grads: list[int] = []  # where they are
+        self.grads: tuple[int, ...] = ()  # where they are
         self._addressed([e.g for e in entries])
-        for device in {batch.device for batch in self.batches}:
+        self.devices = {batch.device for batch in self.batches}
+        self.watch = self._watched(group, with_step)
+        self.way: tuple[Any, Way] | None = None  # with the numbers that it is the way for
+        for device in self.devices:
             if device.type == "cuda":
                 prepare_for_graphs(device)
                 torch.cuda.current_stream(device).synchronize()  # then the tables are there for every stream
@@ -320,6 +337,24 @@ class Plan:
 
     def _objects(self, params: list[Tensor]) -> Iterable[Any]:
         return chain(params, chain.from_iterable(map(self.read, self.states)))
+
+    def _watched(self, group: dict[str, Any], keys: tuple[str, ...]) -> Any:
+        """The same for the nodes, which look at all of it in a tenth of the time; None where they are not built."""
+        if self.rest or (nodes := pointwise.rows()) is None:
+            return None
+        states = dict(zip(map(id, self.params), self.states, strict=True))
+        each = [states.get(id(p)) for p in group["params"]]
+        return nodes.watch(group["params"], each, keys, len(self.keys), not self.unaligned)
+
+    def still_holds(self, group: dict[str, Any], keys: tuple[str, ...]) -> bool:
+        """Whether this is the plan still, as far as the nodes can tell."""
+        if self.watch is None or keys != self.keys or self.options != _options(group):
+            return False
+        addresses = pointwise.rows().look(self.watch, group["params"])
+        if addresses is None:
+            return False
+        self.grads = addresses
+        return True
 
     def holds(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], keys: tuple[str, ...]) -> bool:
         """Whether what the plan remembers is still so. This is most of what the host does in a step: hence the maps."""
@@ -349,9 +384,9 @@ class Plan:
         """Read where the gradients are; False if they are no longer aligned."""
         if self.rest:
             kept = set(self.taken or ())
-            addresses = [g.data_ptr() if i in kept else 0 for i, g in enumerate(grads)]
+            addresses = tuple([g.data_ptr() if i in kept else 0 for i, g in enumerate(grads)])
         else:
-            addresses = list(map(Tensor.data_ptr, grads))
+            addresses = tuple(map(Tensor.data_ptr, grads))
         if addresses != self.grads:
             if not self.unaligned and any(a & 15 for a in addresses):
                 return False
@@ -371,14 +406,17 @@ class Plan:
         types = tuple(map(type, arguments.values()))
         if not NUMBERS.issuperset(types):
             self._check_tensors(arguments)
-        return _way(optimizer, tuple(optimizer.slots(group)), arguments, types), arguments
+            return _way(optimizer, tuple(optimizer.slots(group)), arguments, types), arguments
+        key = types, *arguments.values()
+        if self.way is None or self.way[0] != key:
+            self.way = key, _way(optimizer, tuple(optimizer.slots(group)), arguments, types)
+        return self.way[1], arguments
 
     def _check_tensors(self, arguments: dict[str, Any]) -> None:
         """Tensors on the host become numbers; raise where one is on another device, or has a gradient."""
-        devices = {batch.device for batch in self.batches}
         for name, x in arguments.items():
             if isinstance(x, Tensor):
-                on_device = {x.device} == devices and x.dtype in ELEMENTS
+                on_device = {x.device} == self.devices and x.dtype in ELEMENTS
                 if x.numel() != 1 or x.requires_grad or not (on_device or x.is_cpu):
                     raise Unfit
                 if not on_device:
@@ -395,11 +433,11 @@ class Plan:
     ) -> None:
         way, arguments = values
         for device, steps in self.counters.items():
-            places = [i for batch in self.batches if batch.device == device for i in batch.step_places]
+            batches = [batch for batch in self.batches if batch.device == device]
+            places = batches[0].step_places if len(batches) == 1 else [i for each in batches for i in each.step_places]
             time = steps.count(places)
-            for batch in self.batches:
-                if batch.device == device:
-                    launch(way, arguments, batch, group["maximize"], time, control, scaling.seed, counter)
+            for batch in batches:
+                launch(way, arguments, batch, group["maximize"], time, control, scaling.seed, counter)
         if not self.counters:
             for batch in self.batches:
                 launch(way, arguments, batch, group["maximize"], None, control, scaling.seed, counter)
@@ -476,7 +514,7 @@ def compute_rows(
         tensors.append(control.values)
     tensors += [arguments[x] for x, _ in on_device]
     count = len(batch.places)
-    kernel.launch(batch.device, -(-count // LANES), tensors, [count, *(arguments[x] for x in given)])
+    kernel.launch(batch.device, -(-count // LANES), tensors, (count, *(arguments[x] for x in given)))
     return rows
 
 
@@ -532,8 +570,11 @@ class Counter:
             times = {values[i] for i in self.active}
             self.time = times.pop() if len(times) == 1 else None
         if whole and self.time is not None:
-            self.vector += 1
             self.time += 1
+            if len(self.active) == len(self.views):
+                self.vector.fill_(self.time)  # a third of the time of adding a number
+            else:
+                self.vector += 1
             self.version = self.vector._version
             return self.time
         before = self.vector.clone()
@@ -605,8 +646,12 @@ class Control:
 # Parts that need nothing of a plan.
 
 
-def _same(a: Sequence[Any], b: Any) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
+def _same(states: list[Any], now: dict[Tensor, Any]) -> bool:
+    nodes = pointwise.rows()
+    if nodes is not None:
+        same: bool = nodes.same(states, now)
+        return same
+    return len(states) == len(now) and all(map(is_, states, now.values()))
 
 
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:

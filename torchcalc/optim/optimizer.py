@@ -355,8 +355,7 @@ class Optimizer(torch.optim.Optimizer):
     def _forget_plans(self) -> None:
         self._plans.clear()
         self._states = []
-        self._memory.plans.clear()
-        self._memory.states = []
+        self._memory.forget()
 
     def _note_plans(self) -> None:
         if self._new_plans:

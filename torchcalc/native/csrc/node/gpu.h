@@ -7,6 +7,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
 
+#include <cstring>
 #include <mutex>
 #include <string>
 #include <unordered_map>
@@ -18,9 +19,35 @@ namespace torchcalc {
 // (product + i), and that of a reduced loss (loss_product + i).
 enum Kind : int { value = 0, loss = 1, partial = 2, product = 8, loss_product = 16 };
 
-struct Launch {
+// What the driver launches.
+struct Handle {
   void* function = nullptr;  // CUfunction
   unsigned threads = 0, shared = 0;
+};
+
+// The arguments of a kernel, in its order.
+class Arguments {
+ public:
+  template <class T>
+  void add(T x) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    TORCH_CHECK(count_ < most, "torchcalc: a kernel has more arguments than ", most);
+    std::memcpy(&values_[count_], &x, sizeof(T));
+    addresses_[count_] = &values_[count_];
+    ++count_;
+  }
+
+  void** addresses() { return addresses_; }
+
+ private:
+  static constexpr size_t most = 64;
+  uint64_t values_[most];
+  void* addresses_[most];
+  size_t count_ = 0;
+};
+
+// A kernel of a formula.
+struct Launch : Handle {
   int64_t block = 0;           // elements of a program
   std::vector<double> given;   // the formula's parameters that `numbers` were made from
   std::vector<double> numbers; // what its elements use, computed from them
@@ -65,32 +92,25 @@ class Gpu {
 
   // kernel(pointers..., n, [scale,] numbers...) on the current stream. `as_double`: the type of the numbers.
   void run(
-      const Launch& launch, int64_t programs, at::ArrayRef<void*> pointers, int64_t n, const double* scale,
+      const Launch& kernel, int64_t programs, at::ArrayRef<void*> pointers, int64_t n, const double* scale,
       bool as_double) const {
-    constexpr size_t most = 32;
-    void* arguments[most];
-    void* data[most];
-    float singles[most];
-    size_t count = 0;
-    for (void* p : pointers) {
-      data[count] = p;
-      arguments[count] = &data[count];
-      ++count;
-    }
-    arguments[count++] = &n;
-    if (scale) arguments[count++] = const_cast<double*>(scale);
-    for (size_t i = 0; i < launch.numbers.size(); ++i) {
-      singles[i] = static_cast<float>(launch.numbers[i]);
-      arguments[count++] = as_double ? static_cast<void*>(const_cast<double*>(&launch.numbers[i])) : &singles[i];
-    }
-    void* nothing = nullptr;  // Triton's own scratch memory, of which these kernels need none
-    for (int i = 0; i < 2; ++i) arguments[count++] = &nothing;
+    Arguments arguments;
+    for (void* p : pointers) arguments.add(p);
+    arguments.add(n);
+    if (scale) arguments.add(*scale);
+    for (const double x : kernel.numbers) as_double ? arguments.add(x) : arguments.add(static_cast<float>(x));
+    launch(kernel, programs, arguments);
+  }
+
+  // On the current stream of the current device.
+  void launch(const Handle& kernel, int64_t programs, Arguments& arguments) const {
+    for (int i = 0; i < 2; ++i) arguments.add(static_cast<void*>(nullptr));  // Triton's scratch memory: these need none
     const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
     const c10::Stream stream = guard.getStream(guard.getDevice());
     const auto attempt = [&] {
       return launch_kernel_(
-          launch.function, static_cast<unsigned>(programs), 1, 1, launch.threads, 1, 1, launch.shared,
-          stream.native_handle(), arguments, nullptr);
+          kernel.function, static_cast<unsigned>(programs), 1, 1, kernel.threads, 1, 1, kernel.shared,
+          stream.native_handle(), arguments.addresses(), nullptr);
     };
     int status = attempt();
     // A thread of autograd's has no context before its first call of the CUDA runtime; and one whose memory comes from

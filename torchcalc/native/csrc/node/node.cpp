@@ -21,6 +21,8 @@
 #include "common.h"
 #include "gpu.h"
 #include "rows.h"
+#include "rows_gpu.h"
+#include "watch.h"
 
 namespace {
 
@@ -767,6 +769,56 @@ PyObject* py_enter_launch(PyObject*, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
+// A kernel that Python launches, with the types of its numbers: q, i (64 and 32 bits), d, f.
+struct Launchable : torchcalc::Handle {
+  std::string types;
+};
+
+constexpr const char* launchable_name = "torchcalc.launchable";
+
+// launchable(function, threads, shared, types)
+PyObject* py_launchable(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  auto kernel = std::make_unique<Launchable>();
+  long long function;
+  const char* types;
+  if (!PyArg_ParseTuple(args, "LIIs", &function, &kernel->threads, &kernel->shared, &types)) return nullptr;
+  kernel->function = reinterpret_cast<void*>(function);
+  kernel->types = types;
+  return PyCapsule_New(kernel.release(), launchable_name, [](PyObject* capsule) {
+    delete static_cast<Launchable*>(PyCapsule_GetPointer(capsule, launchable_name));
+  });
+  END_HANDLE_TH_ERRORS
+}
+
+// launch(launchable, device's index, programs, tensors, numbers) -> whether that is the current device: else nothing is done
+PyObject* py_launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 5 && PyList_Check(args[3]) && PyTuple_Check(args[4]), "launch takes a list of tensors and a tuple");
+  const auto* const kernel = static_cast<const Launchable*>(PyCapsule_GetPointer(args[0], launchable_name));
+  if (!kernel) return nullptr;
+  const int64_t device = PyLong_AsLongLong(args[1]), programs = PyLong_AsLongLong(args[2]);
+  if (c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice().index() != device) Py_RETURN_FALSE;
+  torchcalc::Arguments arguments;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[3]); ++i) {
+    arguments.add(THPVariable_Unpack(PyList_GET_ITEM(args[3], i)).data_ptr());
+  }
+  TORCH_CHECK(PyTuple_GET_SIZE(args[4]) == static_cast<Py_ssize_t>(kernel->types.size()), "a kernel got too few numbers");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[4]); ++i) {
+    PyObject* const x = PyTuple_GET_ITEM(args[4], i);
+    switch (kernel->types[i]) {
+      case 'q': arguments.add(static_cast<int64_t>(PyLong_AsLongLong(x))); break;
+      case 'i': arguments.add(static_cast<int32_t>(PyLong_AsLongLong(x))); break;
+      case 'd': arguments.add(PyFloat_AsDouble(x)); break;
+      default: arguments.add(static_cast<float>(PyFloat_AsDouble(x)));
+    }
+  }
+  if (PyErr_Occurred()) return nullptr;
+  torchcalc::Gpu::instance().launch(*kernel, programs, arguments);
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
 // connect(address of the other library's table)
 PyObject* py_connect(PyObject*, PyObject* address) {
   table = static_cast<const torchcalc::Table*>(PyLong_AsVoidPtr(address));
@@ -785,6 +837,12 @@ PyMethodDef methods[] = {
     {"find", py_find, METH_VARARGS, nullptr},
     {"connect", py_connect, METH_O, nullptr},
     {"enter_launch", py_enter_launch, METH_VARARGS, nullptr},
+    {"enter_rows", py_enter_rows, METH_VARARGS, nullptr},
+    {"launchable", py_launchable, METH_VARARGS, nullptr},
+    {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_launch)), METH_FASTCALL, nullptr},
+    {"watch", py_watch, METH_VARARGS, nullptr},
+    {"look", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_look)), METH_FASTCALL, nullptr},
+    {"same", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_same)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "torchcalc_nodes", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -93,6 +93,12 @@ struct Arrays {
   }
 };
 
+// On a GPU: rows_gpu.h.
+std::optional<Tensor> gpu_cross_entropy(
+    const Tensor& x, const Tensor& target, const Tensor& weight, const Ways& ways, Tensor& kept);
+Tensor gpu_cross_entropy_gradient(
+    const Tensor& incoming, const Tensor& x, const Tensor& target, const Tensor& weight, const Ways& ways, const Tensor& kept);
+
 struct CrossEntropyBackward : public KernelNode {
   SavedVariable saved_x, saved_target, saved_weight;
   Tensor statistics;
@@ -115,8 +121,13 @@ struct CrossEntropyBackward : public KernelNode {
     const auto self = self_of(static_cast<Node*>(this));
     const Tensor x = saved_x.unpack(self), target = saved_target.unpack(self);
     const Tensor weight = has_weight ? saved_weight.unpack(self) : Tensor();
-    if (!is_plain(g) || !g.is_cpu() || !is_plain(x) || !is_array(target) || (has_weight && !is_plain(weight)) ||
-        at::GradMode::is_enabled()) {
+    const bool plain = is_plain(g) && g.device() == x.device() && is_plain(x) && is_array(target) &&
+        (!has_weight || is_plain(weight)) && !at::GradMode::is_enabled();
+    if (plain && x.is_cuda()) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      if (Tensor grad = gpu_cross_entropy_gradient(g, x, target, weight, ways, statistics); grad.defined()) return {grad};
+    }
+    if (!plain || x.is_cuda()) {
       static const c10::OperatorHandle operation =
           c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::cross_entropy_backward", "");
       torch::jit::Stack stack{
@@ -162,11 +173,16 @@ bool takes(const Tensor& x, const Tensor& target, const Tensor& weight, const Wa
 }
 
 std::optional<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const Tensor& weight, const Ways& ways) {
-  if (!takes(x, target, weight, ways)) return std::nullopt;
+  if (!x.is_cuda() && !takes(x, target, weight, ways)) return std::nullopt;
   const bool recorded = at::GradMode::is_enabled() && x.requires_grad();
   Tensor out, statistics;
   double divisor = 1;
-  {
+  if (x.is_cuda()) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto loss = gpu_cross_entropy(x, target, weight, ways, statistics);
+    if (!loss) return std::nullopt;
+    out = *loss;
+  } else {
     at::AutoDispatchBelowADInplaceOrView guard;
     Arrays arrays(x, target, weight, ways);
     const int64_t samples = arrays.rows.samples();

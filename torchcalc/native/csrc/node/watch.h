@@ -1,0 +1,170 @@
+// What a step on a GPU remembers of a group's tensors, and whether it is still so. In Python this is most of what the host does in
+// a step of a small model.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <vector>
+
+#include "common.h"
+
+namespace {
+
+// Python's references: C++'s own would be in the way of module.to(), which swaps only tensors that nobody else holds.
+class Reference {
+ public:
+  Reference() = default;
+  explicit Reference(PyObject* object) : object_(object) { Py_XINCREF(object_); }
+  Reference(Reference&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
+  Reference& operator=(Reference&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Reference() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
+// A parameter of the group. The others but `param` are set where it has a gradient.
+struct Watched {
+  Reference param, state;
+  std::vector<Reference> values;         // of the state, in the order of the keys
+  std::vector<const void*> data;         // of the parameter, then of the slots
+  std::vector<int64_t> sizes, strides;   // of the gradient
+  at::ScalarType dtype = at::kFloat;
+  bool has_grad = false, contiguous = true;
+};
+
+bool is_taken(const Tensor& g, const Watched& w, const at::Device device) {
+  return g.scalar_type() == w.dtype && g.device() == device && is_array(g) && g.sizes() == at::IntArrayRef(w.sizes) &&
+      (w.contiguous ? g.is_contiguous() : g.strides() == at::IntArrayRef(w.strides));
+}
+
+struct Watch {
+  std::vector<Watched> all;
+  Reference keys;     // a tuple; the last may be a count, which is looked at as an object only
+  Py_ssize_t slots = 0;
+  bool aligned = true;
+  std::vector<int64_t> addresses;
+  Reference known;    // the same as a tuple
+
+  // The addresses of the gradients, as a tuple, the same one while they are the same; null if a step differs from the last.
+  PyObject* look(PyObject* params) {
+    if (!PyList_Check(params) || PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(all.size())) return nullptr;
+    bool moved = known.get() == nullptr;
+    size_t next = 0;
+    for (size_t i = 0; i < all.size(); ++i) {
+      const Watched& w = all[i];
+      PyObject* const param = PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i));
+      if (param != w.param.get()) return nullptr;
+      const Tensor& p = THPVariable_Unpack(param);
+      const Tensor& g = p.grad();
+      if (g.defined() != w.has_grad) return nullptr;
+      if (!w.has_grad) continue;
+      if (!is_taken(g, w, p.device()) || !holds(p, w)) return nullptr;
+      const int64_t address = reinterpret_cast<int64_t>(g.const_data_ptr());
+      if (aligned && (address & 15) != 0) return nullptr;
+      moved = moved || address != addresses[next];
+      addresses[next++] = address;
+    }
+    if (moved) {
+      PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(addresses.size()));
+      for (size_t i = 0; tuple && i < addresses.size(); ++i) PyTuple_SET_ITEM(tuple, i, PyLong_FromLongLong(addresses[i]));
+      if (!tuple) return nullptr;
+      known = Reference(tuple);
+      Py_DECREF(tuple);
+    }
+    return known.get();
+  }
+
+ private:
+  // The parameter and its state lie where they did.
+  bool holds(const Tensor& p, const Watched& w) const {
+    if (p.scalar_type() != w.dtype || p.mutable_data_ptr() != w.data[0]) return false;
+    for (size_t k = 0; k < w.values.size(); ++k) {
+      PyObject* const value = PyDict_GetItem(w.state.get(), PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(k)));
+      if (value != w.values[k].get()) return false;
+      if (k + 1 < w.data.size() && THPVariable_Unpack(value).mutable_data_ptr() != w.data[k + 1]) return false;
+    }
+    return true;
+  }
+};
+
+constexpr const char* watch_name = "torchcalc.watch";
+
+// watch(params, states, keys, slots, aligned): states has None where a parameter has no gradient; the first so many keys are
+// slots.
+PyObject* py_watch(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *params, *states, *keys;
+  Py_ssize_t slots;
+  int aligned;
+  if (!PyArg_ParseTuple(args, "O!O!O!np", &PyList_Type, &params, &PyList_Type, &states, &PyTuple_Type, &keys, &slots, &aligned)) {
+    return nullptr;
+  }
+  auto watch = std::make_unique<Watch>();
+  watch->keys = Reference(keys);
+  watch->slots = slots;
+  watch->aligned = aligned != 0;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+    Watched w;
+    w.param = Reference(PyList_GET_ITEM(params, i));
+    PyObject* const state = PyList_GET_ITEM(states, i);
+    const Tensor& p = THPVariable_Unpack(w.param.get());
+    const Tensor& g = p.grad();
+    w.has_grad = state != Py_None;
+    if (w.has_grad) {
+      TORCH_CHECK(g.defined(), "a parameter with a state has no gradient");
+      w.state = Reference(state);
+      w.dtype = g.scalar_type();
+      w.sizes = g.sizes().vec();
+      w.strides = g.strides().vec();
+      w.contiguous = g.is_contiguous();
+      w.data.push_back(p.mutable_data_ptr());
+      for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(keys); ++k) {
+        PyObject* const value = PyDict_GetItem(state, PyTuple_GET_ITEM(keys, k));
+        TORCH_CHECK(value && THPVariable_Check(value), "a state has no tensor of that name");
+        w.values.emplace_back(value);
+        if (k < slots) w.data.push_back(THPVariable_Unpack(value).mutable_data_ptr());
+      }
+      watch->addresses.push_back(0);
+    }
+    watch->all.push_back(std::move(w));
+  }
+  return PyCapsule_New(watch.release(), watch_name, [](PyObject* capsule) {
+    delete static_cast<Watch*>(PyCapsule_GetPointer(capsule, watch_name));
+  });
+  END_HANDLE_TH_ERRORS
+}
+
+// look(watch, params) -> the addresses of the gradients, or None
+PyObject* py_look(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  auto* const watch = count == 2 ? static_cast<Watch*>(PyCapsule_GetPointer(args[0], watch_name)) : nullptr;
+  if (!watch) return nullptr;
+  PyObject* found = watch->look(args[1]);
+  if (!found) {
+    if (PyErr_Occurred()) return nullptr;
+    found = Py_None;
+  }
+  Py_INCREF(found);
+  return found;
+  END_HANDLE_TH_ERRORS
+}
+
+// same(list, dict): whether the dict's values are the list's objects.
+PyObject* py_same(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2 || !PyList_Check(args[0]) || !PyDict_Check(args[1])) Py_RETURN_FALSE;
+  if (PyList_GET_SIZE(args[0]) != PyDict_Size(args[1])) Py_RETURN_FALSE;
+  Py_ssize_t place = 0, i = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(args[1], &place, &key, &value)) {
+    if (PyList_GET_ITEM(args[0], i++) != value) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+}  // namespace
