@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests import stock
 from tests.testing.defects import DEFECTS, Defect, second, unary, x, y
 from tests.testing.right import RIGHT, Right, classes, normal
 from torchcalc.testing import assert_function, check_function, check_loss, pytest_function, pytest_loss
@@ -105,6 +106,7 @@ class TestWrongInStockTorch:
         assert report["gradient"].verdict == "ok"
         assert report["layouts"].cause.startswith("breaks when w is non-contiguous")
 
+    @pytest.mark.skipif(not stock.HAS_LINEAR_CROSS_ENTROPY, reason="came with torch 2.13")
     def test_forward_mode_of_chunked_linear_cross_entropy(self):
         options = torch.nn.modules.loss.LinearCrossEntropyOptions()
         loss = partial(F.linear_cross_entropy, options=options)

@@ -194,7 +194,7 @@ def variable(t: Tensor) -> Tensor:
 
 def normal(x: Tensor) -> Tensor:
     """Normal random numbers like x, always the same."""
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
 
 
 def exact(product: HessianProduct, v: Tensor, *, mend: bool = False) -> Tensor:

@@ -216,7 +216,7 @@ def _lanczos(
     n, eps = v.numel(), torch.finfo(v.dtype).eps
     size = min(vectors, n, max_products)
     V = v.new_empty(size, n)
-    T = torch.zeros(size, size, dtype=torch.float64)
+    T = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     k = 0
     for products in range(1, max_products + 1):
         V[k] = v

@@ -266,7 +266,8 @@ class HessianProduct:
         if doubt <= CLOSE * size and gap > 5 * CLOSE * size:
             return f"torch's own second derivative is wrong: {_found(product, near.value)}"
         del near  # a vector as large as x
-        u = torch.randn(self.size, generator=torch.Generator().manual_seed(1), dtype=self.dtype).to(self.device)
+        generator = torch.Generator().manual_seed(1)
+        u = torch.randn(self.size, generator=generator, dtype=self.dtype, device="cpu").to(self.device)
         other = self._exact(u)[0]
         left, right = (float((a * b).sum(dtype=torch.float64)) for a, b in ((u, product), (v, other)))
         if abs(left - right) > CLOSE * (_norm(product) + _norm(other) * _norm(v) / self.size**0.5):  # (6)

@@ -124,7 +124,7 @@ def suggest(lrs: Sequence[float] | Tensor, losses: Sequence[float] | Tensor) -> 
     >>> 0.008 < suggest(lrs, losses).suggestion < 0.012
     True
     """
-    lr, loss = (torch.as_tensor(x, dtype=torch.float64).detach().cpu().flatten() for x in (lrs, losses))
+    lr, loss = (torch.as_tensor(x, dtype=torch.float64, device="cpu").detach().flatten() for x in (lrs, losses))
     if lr.numel() != loss.numel() or lr.numel() < 5:
         raise ValueError(f"lrs, losses: lengths {lr.numel()} and {loss.numel()}; both must be the same, at least 5")
     if not (bool((lr > 0).all()) and bool((lr.diff() > 0).all())):
@@ -263,7 +263,7 @@ def range_test(
         return value
 
     with torch.inference_mode(False), _everything_restored(model, optimizer), torch.enable_grad():
-        lrs = torch.logspace(math.log10(low), math.log10(high), steps, dtype=torch.float64)
+        lrs = torch.logspace(math.log10(low), math.log10(high), steps, dtype=torch.float64, device="cpu")
         losses = torch.full_like(lrs, math.nan)
         ratios = _ratios(optimizer)
         with torch.no_grad():

@@ -94,7 +94,7 @@ def verdict(losses: Sequence[float] | Tensor, *, floor: float = 0.0, window: int
     >>> print(verdict([1.0, 2.0, 4.0, 8.0]))
     diverges: the loss rose from 1 to 8
     """
-    curve = torch.as_tensor(losses, dtype=torch.float64).detach().cpu().flatten() - floor
+    curve = torch.as_tensor(losses, dtype=torch.float64, device="cpu").detach().flatten() - floor
     n = curve.numel()
     window = max(n // 50, 1) if window is None else window
     if window < 1 or n // window < 4:
@@ -136,7 +136,7 @@ def _without_noise(curve: Tensor, window: int) -> tuple[Tensor, Tensor, float]:
     steady = smooth.tolist()
     for i in range(1, count):
         steady[i] = min(max(steady[i - 1], steady[i] - play[i]), steady[i] + play[i])  # (5)
-    return smooth, torch.tensor(steady, dtype=curve.dtype), sum(play) / count
+    return smooth, torch.tensor(steady, dtype=curve.dtype, device="cpu"), sum(play) / count
 
 
 def predict(lr: float, limit: float, steps: int) -> Verdict:

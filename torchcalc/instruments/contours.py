@@ -136,7 +136,7 @@ def animate_paths(
     _legend(ax)
     counter = ax.text(0.99, 0.01, "", transform=ax.transAxes, ha="right", va="bottom", color=INK, fontsize=9)
     last = max(len(paths[name]) for name, *_ in found) - 1
-    shown = torch.linspace(0, last, min(frames, last + 1)).round().int().tolist()
+    shown = torch.linspace(0, last, min(frames, last + 1), device="cpu").round().int().tolist()
     if shown[-1] != last:  # a single frame
         shown = [last]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,8 +179,8 @@ def _check_paths(paths: Mapping[str, Tensor], bounds: Bounds) -> list[tuple[str,
     x0, x1, y0, y1 = bounds
     if not (x0 < x1 and y0 < y1):
         raise ValueError(f"bounds={bounds}: must be (x0, x1, y0, y1) with x0 < x1 and y0 < y1")
-    centre = torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2], dtype=torch.float64)
-    size = torch.tensor([x1 - x0, y1 - y0], dtype=torch.float64)
+    centre = torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2], dtype=torch.float64, device="cpu")
+    size = torch.tensor([x1 - x0, y1 - y0], dtype=torch.float64, device="cpu")
     found = []
     for i, (name, points) in enumerate(paths.items()):
         if points.dim() != 2 or points.shape[1] != 2 or not len(points):
@@ -204,7 +204,7 @@ def _evaluate(f: Callable[[Tensor], Tensor], bounds: Bounds, resolution: int) ->
     if resolution < 2:
         raise ValueError(f"resolution={resolution}: must be at least 2 points along each axis")
     x0, x1, y0, y1 = bounds
-    y, x = (torch.linspace(a, b, resolution, dtype=torch.float64) for a, b in ((y0, y1), (x0, x1)))
+    y, x = (torch.linspace(a, b, resolution, dtype=torch.float64, device="cpu") for a, b in ((y0, y1), (x0, x1)))
     points = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
     with torch.no_grad():
         values = f(points)
@@ -247,8 +247,9 @@ def draw_surface(
     # ... or higher, if less than a five-hundredth of the picture lies below it.
     bottom = torch.maximum(top * lowest, (finite - finite.min()).quantile(0.002)).clamp(max=top / 2)
     logs = (above.clamp_min(bottom) / bottom).log10()
-    grid = torch.linspace(x0, x1, width).numpy(), torch.linspace(y0, y1, height).numpy(), logs.numpy()
-    heights = torch.linspace(0, float((top / bottom).log10()), levels).tolist()
+    x, y = (torch.linspace(a, b, n, device="cpu").numpy() for a, b, n in ((x0, x1, width), (y0, y1, height)))
+    grid = x, y, logs.numpy()
+    heights = torch.linspace(0, float((top / bottom).log10()), levels, device="cpu").tolist()
     shades = [str(0.99 - 0.34 * i / (levels - 1)) for i in range(levels)]  # greys: the colours belong to the paths
     ax.contourf(*grid, levels=heights, colors=shades, extend="max", zorder=0)
     lines = ax.contour(*grid, levels=heights, colors="white", linewidths=0.6, zorder=1)

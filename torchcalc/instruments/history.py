@@ -84,9 +84,9 @@ class DepthHistory:
         from matplotlib.patches import Rectangle
         from matplotlib.ticker import MaxNLocator
 
-        table = torch.full((len(self.layers), len(self.steps)), math.nan, dtype=torch.float64)
+        table = torch.full((len(self.layers), len(self.steps)), math.nan, dtype=torch.float64, device="cpu")
         for i, column in enumerate(self.values):
-            table[: len(column), i] = torch.tensor(column, dtype=torch.float64)
+            table[: len(column), i] = torch.tensor(column, dtype=torch.float64, device="cpu")
         rows = [i for i, row in enumerate(table) if not row.isnan().all()]
         layers, table = [self.layers[i] for i in rows] or [""], table[rows or [0]]
         logs = table.log10()  # drawn on a linear scale: exponents neither under- nor overflow
@@ -106,13 +106,13 @@ class DepthHistory:
         figure, ax = new_sheet(width, height)
         edges = _edges(self.steps)
         x = [left + (right - left) * (edge - edges[0]) / (edges[-1] - edges[0]) for edge in edges]
-        y = torch.linspace(top, bottom, len(layers) + 1).numpy()
+        y = torch.linspace(top, bottom, len(layers) + 1, device="cpu").numpy()
         shown = logs.clamp(low - 1, high + 1).numpy()  # zero and infinity: beyond the scale, where their colours are
         mesh: dict[str, Any] = dict(cmap=colours, vmin=low, vmax=high)
         ax.add_patch(Rectangle((left, bottom), right - left, top - bottom, color="#D5D5D5", linewidth=0))
         ax.pcolormesh(x, y, shown, **mesh)
-        ramp = torch.linspace(low, high, 256)[:, None].numpy()
-        ax.pcolormesh((right + 0.15, right + 0.3), torch.linspace(bottom, top, 257).numpy(), ramp, **mesh)
+        ramp = torch.linspace(low, high, 256, device="cpu")[:, None].numpy()
+        ax.pcolormesh((right + 0.15, right + 0.3), torch.linspace(bottom, top, 257, device="cpu").numpy(), ramp, **mesh)
         ax.set(xlim=(0, width), ylim=(0, height))
         write(ax, (left + right) / 2, height - 0.2, title, 12)
         write(ax, (left + right) / 2, 0.15, "step", 11)
@@ -142,7 +142,7 @@ class DepthHistory:
     def state_dict(self) -> dict[str, Any]:
         """Return everything in numbers, strings and a tensor, for a checkpoint."""
         width = len(self.layers)
-        table = torch.tensor([column + [math.nan] * (width - len(column)) for column in self.values])
+        table = torch.tensor([column + [math.nan] * (width - len(column)) for column in self.values], device="cpu")
         return {"layers": [*self.layers], "steps": [*self.steps], "values": table, "at": [self.stride, self.seen]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

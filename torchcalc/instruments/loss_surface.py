@@ -116,7 +116,7 @@ def loss_slice(
     if not low < high or points < 2:
         raise ValueError(f"low={low}, high={high}, points={points}: must be low < high and at least 2 points")
     _check_same([start, end])
-    t = torch.linspace(low, high, points, dtype=torch.float64)
+    t = torch.linspace(low, high, points, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         losses = [loss({k: torch.lerp(start[k], end[k], x) for k in start}) for x in t.tolist()]
     return LossSlice(t, torch.stack([each.detach().double().cpu() for each in losses]))
@@ -163,18 +163,18 @@ def loss_plane(
     if len(squares) > 1 and squares[-2] > 1e-10 * squares[-1]:
         directions.append(X.T @ (u[:, -2] / squares[-2].sqrt()).to(X))
     else:  # a straight path: any direction will do
-        random = torch.randn(X.shape[1], generator=torch.Generator().manual_seed(0)).to(X)
+        random = torch.randn(X.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(X)
         random -= directions[0] * (random @ directions[0])
         directions.append(random / random.norm())
     D = torch.stack(directions)
-    coordinates = torch.cat([(X @ D.T).double().cpu(), torch.zeros(1, 2, dtype=torch.float64)])
+    coordinates = torch.cat([(X @ D.T).double().cpu(), torch.zeros(1, 2, dtype=torch.float64, device="cpu")])
     shares = coordinates.square().sum(0) / X.double().square().sum().cpu()
     low, high = coordinates.amin(0), coordinates.amax(0)
     # Along a direction in which the path hardly moves the plane is as wide as a fifth of its length.
     reach = torch.maximum(high - low, 0.2 * (high - low).max()) * (0.5 + margin)
     middle = (low + high) / 2
     x, y = (
-        torch.linspace(float(m - r), float(m + r), resolution, dtype=torch.float64)
+        torch.linspace(float(m - r), float(m + r), resolution, dtype=torch.float64, device="cpu")
         for m, r in zip(middle, reach, strict=True)
     )
     along = [{k: v.to(device) for k, v in _like(d, last).items()} for d in D]

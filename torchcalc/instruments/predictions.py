@@ -83,15 +83,15 @@ def confusion_figure(matrix: Tensor, names: Sequence[str] | None = None, *, titl
 
     share = matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
     # White, towards blue where right and towards red where wrong: one wrong in ten is to be seen, hence the root.
-    blue, red = (torch.tensor(c, dtype=torch.float64) for c in ((0.03, 0.35, 0.60), (0.80, 0.15, 0.10)))
-    colour = torch.where(torch.eye(count, dtype=torch.bool)[..., None], blue, red)
+    blue, red = (torch.tensor(c, dtype=torch.float64, device="cpu") for c in ((0.03, 0.35, 0.60), (0.80, 0.15, 0.10)))
+    colour = torch.where(torch.eye(count, dtype=torch.bool, device="cpu")[..., None], blue, red)
     image = 1 + (colour - 1) * share.sqrt()[..., None]
     longest, width, height = max(map(len, labels)), 6.0, 5.6
     left, right, bottom, top = 0.5 + 0.07 * longest, width - 0.1, 0.5, height - 0.35
     upright = longest > 3
     bottom += 0.07 * longest if upright else 0
     figure, ax = new_sheet(width, height)
-    grid = (torch.linspace(a, b, count + 1).numpy() for a, b in ((left, right), (top, bottom)))
+    grid = (torch.linspace(a, b, count + 1, device="cpu").numpy() for a, b in ((left, right), (top, bottom)))
     ax.pcolormesh(*grid, image.numpy())
     ax.set(xlim=(0, width), ylim=(0, height))
     x = [left + (right - left) * (j + 0.5) / count for j in range(count)]

@@ -238,7 +238,7 @@ def _copied(value: Any, p: Tensor, group: dict[str, Any], key: Any = None) -> An
     if isinstance(value, Iterable) and not isinstance(value, str):
         return type(value)(_copied(v, p, group) for v in value)  # type: ignore[call-arg]
     if key in SCALARS:  # checkpoints of old have numbers here
-        return torch.tensor(float(value), dtype=torch.float32)
+        return _copied(torch.tensor(float(value), dtype=torch.float32, device="cpu"), p, group, key)
     return value
 
 

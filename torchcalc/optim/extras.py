@@ -127,7 +127,8 @@ def global_norm(grads: list[Tensor]) -> Norm:
     parts = [_squared(plain)] if plain else []
     for (mesh, placements), locals_ in sharded.items():
         squared, finite = _squared(locals_)
-        total = torch.stack([torch.as_tensor(squared), 1.0 - torch.as_tensor(finite).double()]).to(locals_[0].device)
+        squared, finite = (torch.as_tensor(x, dtype=torch.float64, device=locals_[0].device) for x in (squared, finite))
+        total = torch.stack([squared, 1.0 - finite])
         for dim, placement in enumerate(placements):
             # Not is_shard(): the strided shards of two-dimensional sharding are none, in torch's words.
             if not placement.is_replicate():

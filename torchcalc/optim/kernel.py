@@ -123,8 +123,8 @@ def recordings(cls: type[Optimizer]) -> list[Recording]:
     """Of the rule, with each combination of ``cls.variants`` that the class accepts."""
     found: dict[str, Recording] = {}
     for values in itertools.product(*cls.variants.values()):
-        p = torch.nn.Parameter(torch.ones(1))
-        p.grad = torch.ones(1)
+        p = torch.nn.Parameter(torch.ones(1, device="cpu"))
+        p.grad = torch.ones_like(p)
         try:
             optimizer = cls([p], **dict(zip(cls.variants, values, strict=True)))
         except ValueError:  # options that do not go together

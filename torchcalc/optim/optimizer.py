@@ -606,7 +606,7 @@ def live(lr: Any) -> Any:
     A sum, since torch's pass that keeps floats out of graphs (tensorify) knows no other way from a number to a tensor.
     """
     if torch.compiler.is_compiling() and not isinstance(lr, Tensor):
-        return torch.zeros((), dtype=torch.float64) + lr
+        return torch.zeros((), dtype=torch.float64, device="cpu") + lr
     return lr
 
 

@@ -68,13 +68,13 @@ def example(text: str, seed: int) -> Tensor:
         if min(shape, default=0) < 0:
             raise ValueError
         if kind in ("", "normal"):
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator, device="cpu")
         if kind == "uniform":
-            return torch.rand(shape, generator=generator)
+            return torch.rand(shape, generator=generator, device="cpu")
         name, _, count = kind.partition("=")
         if name == "classes" and int(count) > 0:
-            index = torch.arange(math.prod(shape)) % int(count)  # every class, as far as they go
-            return index[torch.randperm(len(index), generator=generator)].reshape(shape)
+            index = torch.arange(math.prod(shape), device="cpu") % int(count)  # every class, as far as they go
+            return index[torch.randperm(len(index), generator=generator, device="cpu")].reshape(shape)
     except ValueError:
         pass
     raise ValueError(f'{text!r} is no input; use "3,4", "3,4:uniform" or "5:classes=3"')

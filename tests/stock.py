@@ -1,0 +1,47 @@
+"""What only newer versions of torch have, as torch defines it: the oracle on every torch."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _linear_cross_entropy(
+    x: Tensor, w: Tensor, t: Tensor, *, linear_bias: Tensor | None = None, ignore_index: int | None = None, **how: Any
+) -> Tensor:
+    b = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(x, w.flatten(0, -2), b).unflatten(-1, w.shape[:-1])
+    return F.cross_entropy(logits, t, ignore_index=-100 if ignore_index is None else ignore_index, **how)
+
+
+class _LinearCrossEntropyLoss(torch.nn.Module):
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        weight: Tensor | None = None,
+        options: object = None,
+        **how: Any,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.shape, self.how = (num_classes, *out_features), how
+        self.linear = torch.nn.Linear(in_features, math.prod(self.shape), bias=bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        w = self.linear.weight.unflatten(0, self.shape)
+        return linear_cross_entropy(x, w, t, linear_bias=self.linear.bias, weight=self.weight, **self.how)
+
+
+_LinearCrossEntropyLoss.__name__ = "LinearCrossEntropyLoss"
+
+# From torch 2.13 on.
+HAS_LINEAR_CROSS_ENTROPY = hasattr(F, "linear_cross_entropy")
+linear_cross_entropy = getattr(F, "linear_cross_entropy", _linear_cross_entropy)
+LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", _LinearCrossEntropyLoss)
+LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", object)
