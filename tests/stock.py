@@ -45,3 +45,10 @@ HAS_LINEAR_CROSS_ENTROPY = hasattr(F, "linear_cross_entropy")
 linear_cross_entropy = getattr(F, "linear_cross_entropy", _linear_cross_entropy)
 LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", _LinearCrossEntropyLoss)
 LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", object)
+
+
+def elu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    """Its gradient at NaN is NaN, where torch's is NaN or a number, as a loop takes the element or its remainder."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    low = torch.where(wide > 0, 0, wide)
+    return torch.where(wide > 0, wide, alpha * torch.expm1(low)).to(x.dtype)

@@ -183,6 +183,7 @@ class Kernel:
     def function(self) -> Any:
         """The text as Triton's function."""
         if self._function is None:
+            available()  # that finds Triton
             file = f"<torchcalc kernel {next(_numbers)}: {self.name}>"
             linecache.cache[file] = (len(self.text), None, self.text.splitlines(keepends=True), file)  # Triton reads it
             names: dict[str, Any] = {"tl": _triton.language, "libdevice": _libdevice()}

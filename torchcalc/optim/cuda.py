@@ -88,6 +88,8 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
     controlled = measured or grad_scale is not None or found_inf is not None
     skips = optimizer.skip_nonfinite or found_inf is not None
     memory.capturing = gpu.capturing()
+    if not controlled and not memory.capturing and optimizer.rounding == "nearest" and _again(optimizer, memory):
+        return True
     known = _same(memory.states, optimizer.state)
     if not known:
         memory.forget()
@@ -146,6 +148,26 @@ def step(optimizer: Any, memory: Memory, grad_scale: Tensor | None, found_inf: T
         if seed is not None:
             seed += 1  # one for each group: a kernel counts the places within its group only
     return True
+
+
+def _again(optimizer: Any, memory: Memory) -> bool:
+    """The last step once more, where every group goes by the plan that the nodes watch and nothing else is asked for."""
+    if not _same(memory.states, optimizer.state):
+        return False
+    ready = []
+    for index, group in enumerate(optimizer.param_groups):
+        plan = memory.last.get(index)
+        if plan is None or not goes(group) or not plan.still_holds(group, tuple(optimizer.slots(group).values())):
+            return False
+        try:
+            ready.append((group, plan, plan.values(optimizer, group)))
+        except Unfit:
+            return False
+    for group, plan, values in ready:
+        for batch in plan.batches:
+            batch.hand_over(plan.grads, memory)
+        plan.run(optimizer, group, values, NORMAL, None, None)
+    return bool(ready)
 
 
 def skipped_steps(memory: Memory) -> int:
@@ -432,17 +454,19 @@ class Plan:
         counter: Control | None,
     ) -> None:
         way, arguments = values
+        times: dict[torch.device, float | Tensor] = {}
         for device, steps in self.counters.items():
             batches = [batch for batch in self.batches if batch.device == device]
             places = batches[0].step_places if len(batches) == 1 else [i for each in batches for i in each.step_places]
-            time = steps.count(places)
-            for batch in batches:
-                launch(way, arguments, batch, group["maximize"], time, control, scaling.seed, counter)
-        if not self.counters:
-            for batch in self.batches:
-                launch(way, arguments, batch, group["maximize"], None, control, scaling.seed, counter)
+            times[device] = steps.count(places)
         for batch in self.batches:
-            torch._C._increment_version(batch.params)  # autograd has not seen them written
+            time = times.get(batch.device)
+            launch(way, arguments, batch, group["maximize"], time, control, scaling.seed, counter)
+        if self.watch is not None:
+            pointwise.rows().written(self.watch)
+        for batch in self.batches:
+            if self.watch is None:
+                torch._C._increment_version(batch.params)  # autograd has not seen them written
             optimizer._stepped(batch.params)
         if self.rest:
             entries = optimizer._entries(group, self.params)

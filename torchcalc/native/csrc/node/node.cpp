@@ -842,6 +842,7 @@ PyMethodDef methods[] = {
     {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_launch)), METH_FASTCALL, nullptr},
     {"watch", py_watch, METH_VARARGS, nullptr},
     {"look", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_look)), METH_FASTCALL, nullptr},
+    {"written", py_written, METH_O, nullptr},
     {"same", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_same)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "torchcalc_nodes", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -11,7 +11,7 @@
 
 namespace {
 
-// Python's references: C++'s own would be in the way of module.to(), which swaps only tensors that nobody else holds.
+// To objects that nobody else keeps.
 class Reference {
  public:
   Reference() = default;
@@ -29,24 +29,42 @@ class Reference {
 };
 
 // A parameter of the group. The others but `param` are set where it has a gradient.
+//
+// The objects are kept by the plan, in Python. References to tensors here would be in the way of module.to(), which swaps only
+// those that nobody else holds; and those to objects in the way of the garbage collector, which does not see them here.
 struct Watched {
-  Reference param, state;
-  std::vector<Reference> values;         // of the state, in the order of the keys
-  std::vector<const void*> data;         // of the parameter, then of the slots
-  std::vector<int64_t> sizes, strides;   // of the gradient
+  PyObject *param = nullptr, *state = nullptr;
+  std::vector<PyObject*> values;        // of the state: those of the keys, in their order,
+  std::vector<PyObject*> all_values;    // and all, as they stand
+  std::vector<const void*> data;        // of the parameter, then of the slots
+  std::vector<int64_t> sizes, strides;  // of the gradient, as what follows
+  c10::DispatchKeySet kind;
   at::ScalarType dtype = at::kFloat;
   bool has_grad = false, contiguous = true;
 };
 
-bool is_taken(const Tensor& g, const Watched& w, const at::Device device) {
-  return g.scalar_type() == w.dtype && g.device() == device && is_array(g) && g.sizes() == at::IntArrayRef(w.sizes) &&
-      (w.contiguous ? g.is_contiguous() : g.strides() == at::IntArrayRef(w.strides));
+// A gradient like the one that was there at first: its key set tells device, layout, and whether something of torch's is left to be
+// done to it.
+bool is_taken(const Tensor& g, const Watched& w, const Tensor& p) {
+  return g.key_set() == w.kind && g.scalar_type() == w.dtype && g.device() == p.device() &&
+      g.sizes() == at::IntArrayRef(w.sizes) &&
+      (g.strides() == at::IntArrayRef(w.strides) || (w.contiguous && g.is_contiguous()));
+}
+
+// Whether the dict has these values, in this order: quicker than to look them up.
+bool has_values(PyObject* dict, const std::vector<PyObject*>& values) {
+  if (PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(values.size())) return false;
+  Py_ssize_t place = 0;
+  PyObject *key, *value;
+  for (size_t k = 0; PyDict_Next(dict, &place, &key, &value); ++k) {
+    if (value != values[k]) return false;
+  }
+  return true;
 }
 
 struct Watch {
   std::vector<Watched> all;
   Reference keys;     // a tuple; the last may be a count, which is looked at as an object only
-  Py_ssize_t slots = 0;
   bool aligned = true;
   std::vector<int64_t> addresses;
   Reference known;    // the same as a tuple
@@ -59,12 +77,12 @@ struct Watch {
     for (size_t i = 0; i < all.size(); ++i) {
       const Watched& w = all[i];
       PyObject* const param = PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i));
-      if (param != w.param.get()) return nullptr;
+      if (param != w.param) return nullptr;
       const Tensor& p = THPVariable_Unpack(param);
       const Tensor& g = p.grad();
       if (g.defined() != w.has_grad) return nullptr;
       if (!w.has_grad) continue;
-      if (!is_taken(g, w, p.device()) || !holds(p, w)) return nullptr;
+      if (!is_taken(g, w, p) || !holds(p, w)) return nullptr;
       const int64_t address = reinterpret_cast<int64_t>(g.const_data_ptr());
       if (aligned && (address & 15) != 0) return nullptr;
       moved = moved || address != addresses[next];
@@ -84,9 +102,10 @@ struct Watch {
   // The parameter and its state lie where they did.
   bool holds(const Tensor& p, const Watched& w) const {
     if (p.scalar_type() != w.dtype || p.mutable_data_ptr() != w.data[0]) return false;
+    const bool same = has_values(w.state, w.all_values);
     for (size_t k = 0; k < w.values.size(); ++k) {
-      PyObject* const value = PyDict_GetItem(w.state.get(), PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(k)));
-      if (value != w.values[k].get()) return false;
+      PyObject* const value = w.values[k];
+      if (!same && PyDict_GetItem(w.state, PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(k))) != value) return false;
       if (k + 1 < w.data.size() && THPVariable_Unpack(value).mutable_data_ptr() != w.data[k + 1]) return false;
     }
     return true;
@@ -107,18 +126,18 @@ PyObject* py_watch(PyObject*, PyObject* args) {
   }
   auto watch = std::make_unique<Watch>();
   watch->keys = Reference(keys);
-  watch->slots = slots;
   watch->aligned = aligned != 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
     Watched w;
-    w.param = Reference(PyList_GET_ITEM(params, i));
+    w.param = PyList_GET_ITEM(params, i);
     PyObject* const state = PyList_GET_ITEM(states, i);
-    const Tensor& p = THPVariable_Unpack(w.param.get());
+    const Tensor& p = THPVariable_Unpack(w.param);
     const Tensor& g = p.grad();
     w.has_grad = state != Py_None;
     if (w.has_grad) {
       TORCH_CHECK(g.defined(), "a parameter with a state has no gradient");
-      w.state = Reference(state);
+      w.state = state;
+      w.kind = g.key_set();
       w.dtype = g.scalar_type();
       w.sizes = g.sizes().vec();
       w.strides = g.strides().vec();
@@ -127,10 +146,15 @@ PyObject* py_watch(PyObject*, PyObject* args) {
       for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(keys); ++k) {
         PyObject* const value = PyDict_GetItem(state, PyTuple_GET_ITEM(keys, k));
         TORCH_CHECK(value && THPVariable_Check(value), "a state has no tensor of that name");
-        w.values.emplace_back(value);
+        w.values.push_back(value);
         if (k < slots) w.data.push_back(THPVariable_Unpack(value).mutable_data_ptr());
       }
       watch->addresses.push_back(0);
+    }
+    if (w.has_grad) {
+      Py_ssize_t place = 0;
+      PyObject *key, *value;
+      while (PyDict_Next(state, &place, &key, &value)) w.all_values.push_back(value);
     }
     watch->all.push_back(std::move(w));
   }
@@ -152,6 +176,19 @@ PyObject* py_look(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   Py_INCREF(found);
   return found;
+  END_HANDLE_TH_ERRORS
+}
+
+// written(watch): autograd has not seen that these parameters were written.
+PyObject* py_written(PyObject*, PyObject* capsule) {
+  HANDLE_TH_ERRORS
+  const auto* const watch = static_cast<const Watch*>(PyCapsule_GetPointer(capsule, watch_name));
+  if (!watch) return nullptr;
+  for (const Watched& w : watch->all) {
+    const Tensor& p = THPVariable_Unpack(w.param);
+    if (w.has_grad && !p.is_inference()) p.unsafeGetTensorImpl()->bump_version();
+  }
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
