@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchcalc.functional as ours
+import torchcalc.optim
+from benchmarks.functions import LOSSES, UNARY, pair
 from benchmarks.models import LARGE, SMALL, Shape
 from torchcalc.optim import AdamW
 
@@ -124,27 +126,49 @@ def adamw(name: str, bar: float, shapes: list[Shape], dtype: torch.dtype, clips:
     return measure(name, bar, stock_step, mine.step)
 
 
+def optimizer(name: str, bar: float, **options: Any) -> Result:
+    """52 tensors, against torch's default: fused where that is asked for, lists of tensors else."""
+    a, b = parameters(SMALL, torch.float32), parameters(SMALL, torch.float32)
+    stock = getattr(torch.optim, name)(a, **options)
+    mine = getattr(torchcalc.optim, name)(b, **options)
+    for _ in range(3):
+        stock.step()
+        mine.step()
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-4)
+    options.pop("lr", None)
+    return measure(f"{name}{options or ''}, 52 tensors", bar, stock.step, mine.step, seconds=0.5)
+
+
 def pointwise(name: str, bar: float, n: int, dtype: torch.dtype) -> Result:
-    stock = getattr(F, name) if name in ("relu", "gelu", "silu") else getattr(torch, name)
-    x = torch.randn(n, dtype=dtype, device="cuda", requires_grad=True)
-    g = torch.randn_like(x)
+    stock, mine = pair(name)
+    count = 2 if name in ("swiglu", "geglu") else 1
+    xs = [torch.randn(n, dtype=dtype, device="cuda") for _ in range(count)]
+    if name == "log":
+        xs = [xs[0].abs() + 0.1]
+    leaves = [x.requires_grad_() for x in xs]
+    g = torch.randn_like(stock(*leaves))
 
-    def both(f: Callable[[Tensor], Tensor]) -> Call:
-        return lambda: torch.autograd.grad(f(x), x, g)
+    def both(f: Callable[..., Tensor]) -> Call:
+        return lambda: torch.autograd.grad(f(*leaves), leaves, g)
 
-    return measure(f"{name} {n:,} {str(dtype)[6:]}", bar, both(stock), both(getattr(ours, name)))
+    return measure(f"{name} {n:,} {str(dtype)[6:]}", bar, both(stock), both(mine), seconds=0.6)
 
 
 def loss(name: str, bar: float, shape: Shape = (8192, 1024), dtype: torch.dtype = torch.float32) -> Result:
     x = torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
-    t = torch.rand_like(x)
+    rest: list[Tensor] = [torch.rand_like(x)]
     if name == "cross_entropy":
-        t = torch.randint(shape[1], shape[:1], device="cuda")
+        rest = [torch.randint(shape[1], shape[:1], device="cuda")]
+    elif name == "gaussian_nll_loss":
+        rest.append(rest[0] + 0.5)
+    elif name == "binary_cross_entropy":
+        x = torch.rand_like(x).mul_(0.9).add_(0.05).requires_grad_()
 
     def both(f: Callable[..., Tensor]) -> Call:
-        return lambda: torch.autograd.grad(f(x, t), x)
+        return lambda: torch.autograd.grad(f(x, *rest), x)
 
-    stock, mine = both(getattr(F, name)), both(getattr(ours, name))
+    stock, mine = map(both, pair(name))
     result = measure(f"{name} {shape[0]}x{shape[1]} {str(dtype)[6:]}", bar, stock, mine)
     if name == "cross_entropy":
         result.stock_mb, result.ours_mb = peak(stock), peak(mine)
@@ -279,15 +303,6 @@ def rows() -> list[tuple[str, Callable[[], Result]]]:
             ("AdamW, 124M bfloat16, clipping", 1.3, LARGE, half, True),
         )
     ]
-    names = [name for name in ("relu", "sigmoid", "tanh", "gelu", "silu") if hasattr(ours, name)]
-    table += [
-        row(name, pointwise, name, bar, n, dtype)
-        for n, bar in ((1024, 0.9), (2**24, 1.0))
-        for name in names
-        for dtype in ((single, half) if n > 1024 else (single,))
-    ]
-    table += [row(name, loss, name, 1.0) for name in ("mse_loss", "l1_loss", "huber_loss")]
-    table += [row("binary_cross_entropy_with_logits", loss, "binary_cross_entropy_with_logits", 1.0)]
     table += [
         row("cross_entropy", loss, "cross_entropy", bar, shape, dtype)
         for bar, shape, dtype in (
@@ -296,6 +311,17 @@ def rows() -> list[tuple[str, Callable[[], Result]]]:
     ]  # fmt: skip
     table += [row(name, head_loss, name, 1.0, *sizes) for name, sizes in HEADS.items()]
     table += [row(name, gpt, name, bar, compiled, fused) for name, bar, compiled, fused in GPTS]
+    first = ("gelu", "silu", "tanh")  # the rest while there is time
+    for names in (first, [name for name in UNARY if name not in first] + ["swiglu", "geglu"]):
+        table += [
+            row(name, pointwise, name, bar, n, dtype)
+            for name in names
+            for n, bar, dtype in ((1024, 0.9, single), (2**24, 1.0, single), (2**24, 1.0, half))
+        ]
+    table += [row(name, loss, name, 1.0) for name in LOSSES]
+    table += [row(name, optimizer, name, 1.0) for name in ("Adam", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam")]
+    table += [row(name, optimizer, name, 1.0) for name in ("RMSprop", "ASGD", "Rprop")]
+    table.append((name := "SGD", lambda: optimizer(name, 1.0, lr=1e-3, momentum=0.9)))
     return table
 
 
