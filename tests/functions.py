@@ -77,6 +77,7 @@ def elementwise(
     variant: str = "",
     complex: bool = False,
     inputs: Callable[..., Tensor] = normal,
+    reference: Callable[..., Tensor] | None = None,
     **options: object,
 ) -> Row:
     f = getattr(ours, name)
@@ -90,8 +91,14 @@ def elementwise(
         inputs=lambda: (inputs(3, 4),),
         edges=tuple(edges),
         special=lambda: (line(),),
+        reference=partial(reference, **options) if reference else None,
         inductor=name in ("gelu", "mish"),
     )
+
+
+def certain_elu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    """Torch's slope at nan is nan in its vectors, and that of a positive x in what is left of them."""
+    return torch.where(x > 0, x, alpha * torch.where(x > 0, 0, x).expm1())
 
 
 ACTIVATIONS = [
@@ -108,8 +115,8 @@ ACTIVATIONS = [
     elementwise("mish", torch.nn.functional.mish),
     elementwise("softplus", torch.nn.functional.softplus),
     elementwise("softplus", torch.nn.functional.softplus, " threshold", beta=2.5, threshold=1.0),
-    elementwise("elu", torch.nn.functional.elu),
-    elementwise("elu", torch.nn.functional.elu, " alpha", alpha=0.3),
+    elementwise("elu", torch.nn.functional.elu, reference=certain_elu),
+    elementwise("elu", torch.nn.functional.elu, " alpha", reference=certain_elu, alpha=0.3),
     elementwise("leaky_relu", torch.nn.functional.leaky_relu),
     elementwise("leaky_relu", torch.nn.functional.leaky_relu, " slope", negative_slope=0.3),
     elementwise("logsigmoid", torch.nn.functional.logsigmoid),
