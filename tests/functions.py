@@ -77,6 +77,7 @@ def elementwise(
     variant: str = "",
     complex: bool = False,
     inputs: Callable[..., Tensor] = normal,
+    reference: Callable[..., Tensor] | None = None,
     **options: object,
 ) -> Row:
     f = getattr(ours, name)
@@ -90,6 +91,7 @@ def elementwise(
         inputs=lambda: (inputs(3, 4),),
         edges=tuple(edges),
         special=lambda: (line(),),
+        reference=partial(reference, **options) if reference else None,
         inductor=name in ("gelu", "mish"),
     )
 

@@ -33,7 +33,10 @@ def run(*arguments: str) -> None:
 
 
 def mend() -> None:
-    """Let the interpreter do what a GPU does: it rounds bfloat16 wrongly, and its tensors are on the CPU."""
+    """Let the interpreter do what a GPU does: it rounds bfloat16 wrongly, and its tensors are on the CPU.
+
+    Triton 3.6 also takes int() of an array of one element, which NumPy refuses from 2.4 on.
+    """
     from triton.runtime import interpreter
 
     import torchcalc.optim.optimizer
@@ -47,4 +50,11 @@ def mend() -> None:
         return convert(data, source, target, mode)
 
     interpreter._convert_float = rounded
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index_too(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_index_too
     torchcalc.optim.optimizer.check_capturable = lambda *_: None

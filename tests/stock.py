@@ -9,11 +9,17 @@ from torch import Tensor
 
 
 def _linear_cross_entropy(
-    x: Tensor, w: Tensor, t: Tensor, *, linear_bias: Tensor | None = None, ignore_index: int | None = None, **how: Any
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = None,
+    **how: Any,
 ) -> Tensor:
     b = None if linear_bias is None else linear_bias.flatten()
-    logits = F.linear(x, w.flatten(0, -2), b).unflatten(-1, w.shape[:-1])
-    return F.cross_entropy(logits, t, ignore_index=-100 if ignore_index is None else ignore_index, **how)
+    logits = F.linear(input, linear_weight.flatten(0, -2), b).unflatten(-1, linear_weight.shape[:-1])
+    return F.cross_entropy(logits, target, ignore_index=-100 if ignore_index is None else ignore_index, **how)
 
 
 class _LinearCrossEntropyLoss(torch.nn.Module):

@@ -170,7 +170,7 @@ def test_every_argument_named_inplace_is_tried():
 
 def test_every_function_with_a_module_in_torch_has_one_here():
     """One that was left out of nn.py: torch.nn's names, less case, underscores and what they are kinds of."""
-    names = {n.lower(): n for n in dir(torch.nn) if isinstance(getattr(torch.nn, n), type)}
+    names = {n.lower(): n for space in (stock, torch.nn) for n, kind in vars(space).items() if isinstance(kind, type)}
     for function in functional.__all__:
         plain = MODULES.get(function, function.replace("_", ""))
         if plain.lower() in names:

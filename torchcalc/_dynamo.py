@@ -4,7 +4,8 @@
 this module looks, at the code of forward, setup_context, backward, jvp and vmap, and of the Python functions that they call:
 
 - a global, closure variable or class attribute that is a number, a string or another constant is compared with its value
-  of now while Dynamo traces, which makes it guard it: another value compiles anew;
+  of now while Dynamo traces, which makes it guard it: another value compiles anew (a class attribute from torch 2.13 on:
+  before, Dynamo guards none);
 - where something else is read (a list, a tensor, an object), or numbers leave torch (``.item()``, NumPy), the graph breaks,
   and the Function runs as it does without torch.compile; with ``fullgraph=True`` that raises, and says why.
 
@@ -42,6 +43,7 @@ CONSTANTS = (
 )  # fmt: skip
 LEAVING = {"numpy", "item", "tolist"}  # methods that take numbers out of tensors
 BUILTINS = {"eval", "exec", "globals", "locals", "vars", "input", "open"}  # may read anything
+GUARDS_CLASSES = torch.__version__ >= "2.13"
 METHODS = ("forward", "setup_context", "backward", "jvp", "vmap")
 
 Reader = Callable[[], Any]
@@ -131,16 +133,19 @@ def _look_along(
         value = getattr(builtins, name, cells)
     if value is cells:
         return  # not defined yet: nothing to read
-    path = [name]
+    path, guarded = [name], True
     for attribute in attributes:
         if not isinstance(value, (ModuleType, type)):
             break
         if isinstance(value, ModuleType) and value.__name__.partition(".")[0] in PURE:
             return
+        guarded = guarded and (GUARDS_CLASSES or not isinstance(value, type) or issubclass(value, enum.Enum))
         value = getattr(value, attribute, None)
         path.append(attribute)
     spelled = ".".join(path)
     if _is_constant(value):
+        if not guarded:
+            raise Unguarded(f"{where} reads {spelled}, a class attribute")
         if value is not getattr(builtins, name, cells):
             readers.append(_reader(spelled, function, cells))
     elif isinstance(value, ModuleType):

@@ -14,6 +14,9 @@ from torch._C import _is_any_autocast_enabled
 
 __all__ = ["autocasts", "autocasts_to_float32", "like", "unbroadcast", "widen"]
 
+#: Devices of which torch.is_autocast_enabled() may not be asked. Found out here, since Dynamo before torch 2.13 cannot.
+WITHOUT_AUTOCAST = tuple(t for t in ("meta", "lazy", "vulkan") if not torch.amp.is_autocast_available(t))
+
 
 @overload
 def widen(x: Tensor) -> Tensor: ...
@@ -55,7 +58,7 @@ def autocasts(x: Tensor) -> bool:
     ...     autocasts(torch.ones(2))
     True
     """
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return x.device.type not in WITHOUT_AUTOCAST and torch.is_autocast_enabled(x.device.type)
 
 
 def autocasts_to_float32(x: Tensor) -> bool:

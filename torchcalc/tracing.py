@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+import torch
 from torch.compiler import is_compiling
 from torch.fx import Proxy, _symbolic_trace
 from torch.fx.proxy import TracerBase
@@ -65,7 +66,8 @@ class NotScripted:
             (f"torch.nn.{c.__name__}" for c in type(self).__mro__ if c.__module__.startswith("torch.nn.m")), ""
         )
         if stock == "torch.nn.Module":
-            stock = f"a module of your own around torch.{name.lower()}"
+            function = f".{name.lower()}" if hasattr(torch, name.lower()) else "'s functions"
+            stock = f"a module of your own around torch{function}"
         raise TypeError(
             f"torch.jit.script cannot compile {type(self).__module__}.{name}, since TorchScript has no custom derivatives; "
             f"put {stock} in its place before scripting (its state_dict is the same), or use torch.compile or torch.export"

@@ -104,7 +104,7 @@ def test_value_and_product(formula: Formula, dtype: torch.dtype, n: int) -> None
 def test_what_is_not_finite(formula: Formula) -> None:
     a = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40])
     mine = launch_value(formula, [a], PARAMETERS.get(formula, ()))
-    torch.testing.assert_close(mine, STOCK[formula](a), equal_nan=True)
+    torch.testing.assert_close(mine, STOCK[formula](a.double()).float(), equal_nan=True)  # gelu(inf) is nan in float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -234,6 +234,7 @@ def test_a_build_that_is_told_to_stop_leaves_nothing_behind(name: str, tmp_path:
     code = f"""
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
 {BUILDER}
 build.generate = lambda work: {{}}
 build.build(Path({str(output)!r}))

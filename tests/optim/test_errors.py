@@ -189,6 +189,9 @@ def test_capturable_on_cpu_is_refused_in_torchs_words(case: Case) -> None:
 def test_a_graph_does_not_capture_a_step_that_is_not_capturable(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """In torch's words. Acted with a stream that says it is capturing, and weights that are not on the CPU."""
     assert case.twin is not None
+    for module, name in (torch.backends.cuda, "is_built"), (torch.cuda, "is_available"):  # asked before torch 2.12
+        monkeypatch.setattr(module, name, lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     stream = type("Stream", (), {"is_capturing": lambda self: True})()
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)

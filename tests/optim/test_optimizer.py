@@ -143,7 +143,8 @@ def test_hooks_survive_loading_and_the_profiler_sees_the_name(case: Case) -> Non
     seen: list[int] = []
     optimizer.register_step_post_hook(lambda *_: seen.append(1))
     optimizer.load_state_dict(optimizer.state_dict())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # acc_events: before torch 2.13 the profiler warns without it.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         run(optimizer, gradients(params, 1))
         optimizer.zero_grad()
     names = {event.key for event in profile.key_averages()}

@@ -185,7 +185,8 @@ def near(old: Tensor, mine: Tensor, theirs: Tensor, truth: Tensor) -> None:
         return near(*map(torch.view_as_real, (old, mine, theirs, truth)))
     assert mine.dtype == theirs.dtype
     unit = ulp(torch.maximum(old.double().abs(), truth.abs()).to(mine.dtype))
-    error, allowed = ((x.double() - truth).abs() / unit for x in (mine, theirs))
+    # Before torch 2.13 Adam's, NAdam's and RMSprop's loops in float16 make infinities: where both have one, nothing is wrong.
+    error, allowed = (torch.where(x == truth, 0.0, (x.double() - truth).abs() / unit) for x in (mine, theirs))
     if truth.numel() and not error.max() <= allowed.max() + 1:
         at = int(error.nan_to_num(torch.inf).argmax())
         values = [float(x.flatten()[at].detach()) for x in (mine, theirs, truth, old)]

@@ -247,8 +247,8 @@ def draw_surface(
     # ... or higher, if less than a five-hundredth of the picture lies below it.
     bottom = torch.maximum(top * lowest, (finite - finite.min()).quantile(0.002)).clamp(max=top / 2)
     logs = (above.clamp_min(bottom) / bottom).log10()
-    x, y = (torch.linspace(a, b, n, device="cpu").numpy() for a, b, n in ((x0, x1, width), (y0, y1, height)))
-    grid = x, y, logs.numpy()
+    columns, rows = (torch.linspace(a, b, n, device="cpu").numpy() for a, b, n in ((x0, x1, width), (y0, y1, height)))
+    grid = columns, rows, logs.numpy()
     heights = torch.linspace(0, float((top / bottom).log10()), levels, device="cpu").tolist()
     shades = [str(0.99 - 0.34 * i / (levels - 1)) for i in range(levels)]  # greys: the colours belong to the paths
     ax.contourf(*grid, levels=heights, colors=shades, extend="max", zorder=0)

@@ -709,7 +709,7 @@ def prepare_for_graphs(device: torch.device) -> None:
 
 def check_graph_capture(optimizer: Any) -> None:
     """Raise where a CUDA graph would capture the numbers of one step."""
-    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # its name after torch 2.11
+    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)  # its name from torch 2.11 on
     (check or optimizer._cuda_graph_capture_health_check)()
 
 

@@ -30,7 +30,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -685,13 +685,11 @@ def fits_a_list(tensors: list[Tensor]) -> bool:
 
 
 def local_shards(tensors: list[Tensor]) -> list[Tensor]:
-    """p, g and slots; as local shards where all are sharded alike, since rules are elementwise."""
+    """p, g and slots; as local shards where they are DTensors, since rules are elementwise. g goes where its weight is."""
     distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(tensors[0], distributed.DTensor):
-        placements = tensors[0].placements
-        if not all(isinstance(t, distributed.DTensor) and t.placements == placements for t in tensors):
-            return tensors
-        if any(placement.is_partial() for placement in placements):
-            return tensors
-        tensors = [t._local_tensor for t in tensors]  # type: ignore[attr-defined]
+    if distributed is not None and all(isinstance(t, distributed.DTensor) for t in tensors):
+        p, g, *slots = cast("list[Any]", tensors)
+        placements = p.placements
+        if all(t.placements == placements for t in slots) and not any(x.is_partial() for x in placements):
+            return [t._local_tensor for t in (p, g.redistribute(placements=placements), *slots)]
     return tensors

@@ -53,6 +53,19 @@ struct Launch : Handle {
   std::vector<double> numbers; // what its elements use, computed from them
 };
 
+// The driver's stream; a stream tells it from torch 2.11 on.
+template <class Stream>
+inline constexpr bool tells_handle = requires(const Stream& stream) { stream.native_handle(); };
+
+template <class Stream>
+void* handle_of(const Stream& stream) {
+  if constexpr (tells_handle<Stream>) {
+    return stream.native_handle();
+  } else {
+    return nullptr;
+  }
+}
+
 class Gpu {
  public:
   // All kernels of the process; never destroyed.
@@ -110,7 +123,7 @@ class Gpu {
     const auto attempt = [&] {
       return launch_kernel_(
           kernel.function, static_cast<unsigned>(programs), 1, 1, kernel.threads, 1, 1, kernel.shared,
-          stream.native_handle(), arguments.addresses(), nullptr);
+          handle_of(stream), arguments.addresses(), nullptr);
     };
     int status = attempt();
     // A thread of autograd's has no context before its first call of the CUDA runtime; and one whose memory comes from
@@ -120,8 +133,8 @@ class Gpu {
         status == 0, "torchcalc: the launch of a kernel failed with the CUDA driver's error " + std::to_string(status));
   }
 
-  // Whether the driver is there.
-  bool is_ready() const { return launch_kernel_ != nullptr; }
+  // Whether the driver is there, and the current stream is known; else Python launches.
+  bool is_ready() const { return tells_handle<c10::Stream> && launch_kernel_ != nullptr; }
 
  private:
   Gpu() {

@@ -776,13 +776,14 @@ struct Launchable : torchcalc::Handle {
 
 constexpr const char* launchable_name = "torchcalc.launchable";
 
-// launchable(function, threads, shared, types)
+// launchable(function, threads, shared, types); None where Python launches
 PyObject* py_launchable(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
   auto kernel = std::make_unique<Launchable>();
   long long function;
   const char* types;
   if (!PyArg_ParseTuple(args, "LIIs", &function, &kernel->threads, &kernel->shared, &types)) return nullptr;
+  if (!torchcalc::Gpu::instance().is_ready()) Py_RETURN_NONE;
   kernel->function = reinterpret_cast<void*>(function);
   kernel->types = types;
   return PyCapsule_New(kernel.release(), launchable_name, [](PyObject* capsule) {

@@ -57,7 +57,7 @@ struct GpuRows {
   }
 
   std::optional<RowKernels> kernels(bool weighted, const Ways& ways) const {
-    if (!torchcalc::Gpu::is_current(x)) return std::nullopt;
+    if (!torchcalc::Gpu::instance().is_ready() || !torchcalc::Gpu::is_current(x)) return std::nullopt;
     const int device = x.device().index();
     return AllRowKernels::instance().find(
         {x.scalar_type(), device, block, even, whole, weighted, ways.smoothing != 0, ways.reduction == none});
