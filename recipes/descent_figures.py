@@ -86,7 +86,7 @@ def sweep_table(sweep: Iterable[Walk]) -> str:
 
 def sweep_figure(sweep: Sequence[Walk]) -> Figure:
     """Draw some of the first method's paths, and below how fast every method is at each learning rate."""
-    figure, _ = new_figure(11, 6.5)
+    figure, _ = new_figure(6.6, 6.2)
     figure.clear()
     f, first = SURFACES[sweep[0].surface], [walk for walk in sweep if walk.method == sweep[0].method]
     shown = {min(range(len(first)), key=lambda i: abs(first[i].lr / first[i].limit - part)) for part in SHOWN}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recipes.cli import RecipeCLI
 from recipes.data import WholeDigits
 from recipes.errors import fail
-from recipes.learning_rate_figure import Run, sweep_figure, sweep_table, write_curves
+from recipes.learning_rate_figure import Run, sweep_figure, sweep_markdown, sweep_table, write_curves
 from torchcalc import nn as calc
 from torchcalc.calculus import Curvature, curvature, training_loss
 from torchcalc.convergence import range_test, stability_limit
@@ -122,6 +122,7 @@ class Sweep(LightningModule):
             for name, figure in {"learning_rate": sweep, "range_test": test}.items():
                 figure.savefig(f"{folder}/{name}.png")
                 self.logger.experiment.add_figure(f"figures/{name}", figure, self.global_step)
+            self.logger.experiment.add_text("sweep/table", sweep_markdown(self.runs), self.global_step)
 
     def report(self) -> str:
         """The sweep's table, and what the range test had suggested."""

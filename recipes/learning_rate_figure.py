@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -83,6 +83,12 @@ def sweep_table(runs: Sequence[Run]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def sweep_markdown(runs: Sequence[Run]) -> str:
+    """Return the table as TensorBoard shows text."""
+    lines = [HEAD, ("---",) * len(HEAD), *sweep_rows(runs)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def write_curves(folder: str, runs: Sequence[Run], every: int) -> None:
     """Write loss and sharpness (of every so many steps): a TensorBoard run for each rate, so that they share a chart."""
     for run in runs:
@@ -96,14 +102,11 @@ def write_curves(folder: str, runs: Sequence[Run], every: int) -> None:
 
 
 def sweep_figure(runs: Sequence[Run], found: RangeTest) -> Figure:
-    """Draw all curves coloured by label, the sharpness on the way against the limit, and the table."""
-    figure = Figure(figsize=(13, 7), dpi=100, layout="constrained")
-    parts = figure.subplot_mosaic([["curves", "table"], ["edge", "table"]], width_ratios=(1.35, 1))
-    for ax in parts.values():
+    """Draw all curves coloured by label, and the sharpness on the way against the limit; in a size whose text a card shows."""
+    figure = Figure(figsize=(5.6, 6.4), dpi=100, layout="constrained")
+    for draw, ax in zip((draw_curves, partial(draw_sharpness, found=found)), figure.subplots(2), strict=True):
         quiet(ax)
-    draw_curves(parts["curves"], runs)
-    draw_sharpness(parts["edge"], runs, found)
-    draw_table(parts["table"], runs)
+        draw(ax, runs)
     return figure
 
 
@@ -111,8 +114,9 @@ def draw_curves(ax: Axes, runs: Sequence[Run]) -> None:
     for run in runs:
         ax.semilogy(run.losses, color=COLOURS[run.seen], lw=1.2)
     highest = max(value for run in runs for value in run.losses if math.isfinite(value))
-    ax.set(xlabel="step", ylabel="loss", title="One net from one start at every learning rate")
-    ax.set_ylim(top=min(100 * runs[0].losses[0], 1.2 * highest))
+    ax.set(xlabel="step", ylabel="loss", title="One net, every learning rate")
+    lowest = min(value for run in runs for value in run.losses)
+    ax.set_ylim(bottom=lowest / 30, top=min(100 * runs[0].losses[0], 1.2 * highest))  # with room for the legend
     handles = [Line2D([], [], color=colour, lw=2.5, label=label) for label, colour in COLOURS.items()]
     ax.legend(handles=handles, loc="lower left", ncols=2, frameon=False)
 
@@ -129,31 +133,11 @@ def draw_sharpness(ax: Axes, runs: Sequence[Run], found: RangeTest) -> None:
     edge = [start * limit / lr for lr in ends]
     ax.fill_between(ends, edge, [1e9 * start] * 2, color="black", alpha=0.06, lw=0)
     ax.loglog(ends, edge, color="black", lw=1)
-    ax.text(limit / 20, 30 * start, "here a step overshoots more every time", va="center")
+    ax.text(ends[1], 25 * start, "here steps overshoot more every time", ha="right", va="center")
     ax.axhline(start, color="black", lw=1, ls=":")
     ax.axvline(limit, ymax=0.85, color="black", lw=1, ls=":")
     ax.plot(found.interval, [start / 30] * 2, color="black", lw=2)
     ax.plot(found.suggestion, start / 30, "o", color="black", ms=6)
     ax.text(0.9 * found.interval[0], start / 30, "range test", ha="right", va="center")
     ax.set(xlabel="learning rate", ylabel="sharpness λ", ylim=(start / 50, 50 * start))
-    ax.set_title("Sharpness on the way (dot: at the end) and the stability limit")
-
-
-def draw_table(ax: Axes, runs: Sequence[Run]) -> None:
-    ax.set_axis_off()
-    wrong = [run for run in runs if run.reason]
-    size = min(9.5, 250 / (len(runs) + len(wrong)))
-    lines = len(runs) + len(wrong) + 3
-
-    def write(line: int, cells: Sequence[str], colour: str = "black", **style: Any) -> None:
-        for x, cell in zip((0.0, 0.16, 0.33, 0.55, 0.78), cells, strict=False):
-            ax.text(
-                x, 1 - line / lines, cell, color=colour, fontsize=size, transform=ax.transAxes, va="center", **style
-            )
-
-    write(0, (*HEAD[:4], "agrees"), weight="bold")
-    for line, run in enumerate(runs, 1):
-        cells = (short(run.lr), short(run.lr / run.limit), run.predicted, run.seen, "no" if run.reason else "yes")
-        write(line, cells, COLOURS[run.seen], weight="bold" if run.reason else "normal")
-    for line, run in enumerate(wrong, len(runs) + 2):
-        write(line, (f"{short(run.lr)}: {run.reason}",), COLOURS[run.seen])
+    ax.set_title("Sharpness (dot: at the end) and stability limit")

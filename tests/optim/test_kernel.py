@@ -12,7 +12,9 @@ from torch import Tensor
 import torchcalc.optim as ours
 from tests.native.common import exact
 from tests.native.reference import exact_sqrt
-from tests.optim.cases import TWINS, Case, build, each_config, gradients, has_tensors, parameters, run, same
+from tests.optim.cases import (
+    TWINS, Case, build, each_config, gradients, has_tensors, parameters, run, same, set_gradients,
+)  # fmt: skip
 from torchcalc import native
 from torchcalc.native.optim import UNSUPPORTED
 from torchcalc.optim import kernel
@@ -189,9 +191,12 @@ def test_numbers_that_differ_between_parameters_survive_a_refusal(spy: Spy) -> N
         params = parameters(shapes=((3, 4), (4,)))
         optimizer = cls(params)
         for step, grads in enumerate(gradients(params, 4, missing=False)):
-            run(optimizer, [grads])
-            if step == 1:
-                params[0].data = params[0].detach().t().contiguous().t()  # other strides than its state
+            if step == 2:
+                set_gradients(params, grads)
+                params[0].grad = params[0].detach()  # memory that is written, where only the kernel looks
+                optimizer.step()
+            else:
+                run(optimizer, [grads])
         ends.append((params, [optimizer.state[p]["step"] for p in params]))
     assert spy.refused >= 1
     torch.testing.assert_close(ends[0], ends[1])

@@ -224,15 +224,22 @@ def test_a_module_may_swap_its_parameters_after_a_step(case: Case) -> None:
     assert model.weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("lets_go", [True, False])
 @each()
-def test_a_module_may_swap_its_parameters_where_that_is_wanted_after_a_step(case: Case, request: Any) -> None:
+def test_a_module_may_swap_its_parameters_where_that_is_wanted_after_a_step(
+    case: Case, lets_go: bool, request: Any
+) -> None:
     model = nn.Linear(3, 2)
     optimizer = build(case.cls, model.parameters(), case.configs[0])
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
     request.getfixturevalue("swapping")
-    optimizer.zero_grad()
+    if lets_go:
+        optimizer.zero_grad()
     model.to(torch.float64)
+    optimizer.zero_grad()
     model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
     optimizer.step()
     assert model.weight.dtype == torch.float64

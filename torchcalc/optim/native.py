@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchcalc import native
+from torchcalc.native import pointwise
 from torchcalc.native.optim import DONE, Bound
 
 __all__ = ["DONE", "Plan", "Remembered", "is_wanted", "leaves_the_choice"]
@@ -66,30 +67,50 @@ class Remembered:
 
 
 class Plan(Remembered):
-    """Which parameters of a group a kernel steps, bound to their state; and which are left to the rule."""
+    """Which parameters of a group a kernel steps, bound to their state; and which are left to the rule.
 
-    def __init__(self, entries: list[Any], keys: tuple[str, ...], counts_steps: bool) -> None:
+    Where the nodes are built, they look at all that is remembered, and what is bound are aliases of the parameters: then nobody
+    but its owner holds a parameter, whom ``module.to()`` may ask to swap it.
+    """
+
+    def __init__(self, entries: list[Any], keys: tuple[str, ...], counts_steps: bool, params: list[Tensor]) -> None:
+        """params: all of the group."""
         super().__init__(entries, keys, counts_steps)
 
-        def bind(places: list[int]) -> Bound:
+        def bind(places: list[int], alias: bool) -> Bound:
             ours = [entries[i] for i in places]
             slots = list(chain.from_iterable(zip(*(e.slots for e in ours), strict=True)))
-            return Bound([e.p for e in ours], slots, [e.state["step"] for e in ours] if counts_steps else [])
+            steps = [e.state["step"] for e in ours] if counts_steps else []
+            return Bound([e.p.detach() if alias else e.p for e in ours], slots, steps)
 
         tensors = [(e.p, e.g, *self.read(e.state)) for e in entries]
         shared = _sharing(tensors)
         self.places = [i for i, each in enumerate(tensors) if i not in shared and all(type(t) in PLAIN for t in each)]
-        self.bound = bind(self.places)
+        nodes = pointwise.rows() if len(self.places) == len(entries) else None
+        self.bound = bind(self.places, nodes is not None)
         if refused := self.bound.refused([entries[i].g for i in self.places]):
+            nodes = None
             self.places = [i for k, i in enumerate(self.places) if k not in refused]
-            self.bound = bind(self.places)
+            self.bound = bind(self.places, False)
+        self.watch: Any = None
+        if nodes is not None:
+            states = {id(e.p): e.state for e in entries}
+            with_step = (*keys, "step") if counts_steps else keys
+            self.watch = nodes.watch(params, [states.get(id(p)) for p in params], with_step, len(keys), False)
         self.kernel_states = [self.states[i] for i in self.places]
         self.rest = sorted(set(range(len(entries))) - set(self.places))
         self.looks = [_look(entries[i].p) for i in self.rest]
 
-    def holds(self, params: list[Tensor], keys: tuple[str, ...]) -> bool:
-        """And whether what the kernel did not take is as it was."""
-        return super().holds(params, keys) and (not self.rest or self.looks == [_look(params[i]) for i in self.rest])
+    def still_holds(self, params: list[Tensor], found: list[Tensor], keys: tuple[str, ...]) -> bool:
+        """Whether all that is remembered is as it was, and what the kernel did not take.
+
+        Args:
+            params: all of the group.
+            found: those that have a gradient.
+        """
+        if self.watch is not None:
+            return keys == self.keys and bool(pointwise.rows().holds(self.watch, params))
+        return self.holds(found, keys) and (not self.rest or self.looks == [_look(found[i]) for i in self.rest])
 
 
 def _sharing(tensors: list[tuple[Tensor, ...]]) -> set[int]:

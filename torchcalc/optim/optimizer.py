@@ -399,11 +399,11 @@ class Optimizer(torch.optim.Optimizer):
 
         plan, made, first = self._plans.get(key), None, []
         keys = tuple(self.slots(group).values())
-        if not isinstance(plan, Plan) or not plan.holds(params, keys):
+        if not isinstance(plan, Plan) or not plan.still_holds(group["params"], params, keys):
             made = self._entries(group, params)
             if len(self._plans) >= MOST_PLANS * len(self.param_groups):
                 self._plans.clear()
-            plan = self._plans[key] = Plan(made, keys, self.counts_steps)
+            plan = self._plans[key] = Plan(made, keys, self.counts_steps, group["params"])
             self._new_plans = True
             first = [i for i, place in enumerate(plan.places) if made[place].first]
 

@@ -843,6 +843,7 @@ PyMethodDef methods[] = {
     {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_launch)), METH_FASTCALL, nullptr},
     {"watch", py_watch, METH_VARARGS, nullptr},
     {"look", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_look)), METH_FASTCALL, nullptr},
+    {"holds", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_holds)), METH_FASTCALL, nullptr},
     {"written", py_written, METH_O, nullptr},
     {"same", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_same)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};

@@ -1,5 +1,5 @@
-// What a step on a GPU remembers of a group's tensors, and whether it is still so. In Python this is most of what the host does in
-// a step of a small model.
+// What a step remembers of a group's tensors, and whether it is still so. In Python this is most of what the host does in a step
+// of a small model.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -66,42 +66,46 @@ struct Watch {
   std::vector<Watched> all;
   Reference keys;     // a tuple; the last may be a count, which is looked at as an object only
   bool aligned = true;
-  std::vector<int64_t> addresses;
-  Reference known;    // the same as a tuple
+  std::vector<int64_t> addresses;  // of the gradients
 
-  // The addresses of the gradients, as a tuple, the same one while they are the same; null if a step differs from the last.
-  PyObject* look(PyObject* params) {
-    if (!PyList_Check(params) || PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(all.size())) return nullptr;
-    bool moved = known.get() == nullptr;
+  // Whether a step finds what the last one found; where the gradients are is in `addresses`.
+  bool holds(PyObject* params) {
+    if (!PyList_Check(params) || PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(all.size())) return false;
     size_t next = 0;
     for (size_t i = 0; i < all.size(); ++i) {
       const Watched& w = all[i];
       PyObject* const param = PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i));
-      if (param != w.param) return nullptr;
+      if (param != w.param) return false;
       const Tensor& p = THPVariable_Unpack(param);
       const Tensor& g = p.grad();
-      if (g.defined() != w.has_grad) return nullptr;
+      if (g.defined() != w.has_grad) return false;
       if (!w.has_grad) continue;
-      if (!is_taken(g, w, p) || !holds(p, w)) return nullptr;
+      if (!is_taken(g, w, p) || !lies(p, w)) return false;
       const int64_t address = reinterpret_cast<int64_t>(g.const_data_ptr());
-      if (aligned && (address & 15) != 0) return nullptr;
-      moved = moved || address != addresses[next];
+      if (aligned && (address & 15) != 0) return false;
+      moved_ = moved_ || address != addresses[next];
       addresses[next++] = address;
     }
-    if (moved) {
+    return true;
+  }
+
+  // The addresses as a tuple, the same one while they are the same.
+  PyObject* tuple() {
+    if (moved_) {
       PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(addresses.size()));
       for (size_t i = 0; tuple && i < addresses.size(); ++i) PyTuple_SET_ITEM(tuple, i, PyLong_FromLongLong(addresses[i]));
       if (!tuple) return nullptr;
-      known = Reference(tuple);
+      known_ = Reference(tuple);
       Py_DECREF(tuple);
+      moved_ = false;
     }
-    return known.get();
+    return known_.get();
   }
 
  private:
   // The parameter and its state lie where they did.
-  bool holds(const Tensor& p, const Watched& w) const {
-    if (p.scalar_type() != w.dtype || p.mutable_data_ptr() != w.data[0]) return false;
+  bool lies(const Tensor& p, const Watched& w) const {
+    if (p.scalar_type() != w.dtype || p.sizes() != at::IntArrayRef(w.sizes) || p.mutable_data_ptr() != w.data[0]) return false;
     const bool same = has_values(w.state, w.all_values);
     for (size_t k = 0; k < w.values.size(); ++k) {
       PyObject* const value = w.values[k];
@@ -110,6 +114,9 @@ struct Watch {
     }
     return true;
   }
+
+  bool moved_ = true;
+  Reference known_;
 };
 
 constexpr const char* watch_name = "torchcalc.watch";
@@ -164,18 +171,23 @@ PyObject* py_watch(PyObject*, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
-// look(watch, params) -> the addresses of the gradients, or None
+// look(watch, params) -> the addresses of the gradients; None if something is not as it was
 PyObject* py_look(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   auto* const watch = count == 2 ? static_cast<Watch*>(PyCapsule_GetPointer(args[0], watch_name)) : nullptr;
   if (!watch) return nullptr;
-  PyObject* found = watch->look(args[1]);
-  if (!found) {
-    if (PyErr_Occurred()) return nullptr;
-    found = Py_None;
-  }
-  Py_INCREF(found);
+  PyObject* found = watch->holds(args[1]) ? watch->tuple() : Py_None;
+  Py_XINCREF(found);
   return found;
+  END_HANDLE_TH_ERRORS
+}
+
+// holds(watch, params) -> whether all is as it was
+PyObject* py_holds(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  auto* const watch = count == 2 ? static_cast<Watch*>(PyCapsule_GetPointer(args[0], watch_name)) : nullptr;
+  if (!watch) return nullptr;
+  return PyBool_FromLong(watch->holds(args[1]));
   END_HANDLE_TH_ERRORS
 }
 
