@@ -13,7 +13,16 @@ import torchcalc.optim as ours
 from tests.native.common import exact
 from tests.native.reference import exact_sqrt
 from tests.optim.cases import (
-    TWINS, Case, build, each_config, gradients, has_tensors, parameters, run, same, set_gradients,
+    TWINS,
+    Case,
+    build,
+    each_config,
+    gradients,
+    has_tensors,
+    parameters,
+    run,
+    same,
+    set_gradients,
 )  # fmt: skip
 from torchcalc import native
 from torchcalc.native.optim import UNSUPPORTED
