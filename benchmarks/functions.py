@@ -20,17 +20,25 @@ Call = Callable[..., Tensor]
 #: Names whose stock twin is not in torch.nn.functional.
 ELSEWHERE: dict[str, Call] = {"square": torch.square, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 ELSEWHERE |= {"exp": torch.exp, "log": torch.log, "abs": torch.abs}
+ELSEWHERE |= {"softcap": lambda x, cap=30.0: cap * torch.tanh(x / cap)}
 ELSEWHERE |= {"swiglu": lambda a, b: F.silu(a) * b, "geglu": lambda a, b: F.gelu(a) * b}
 
 UNARY = (
     "relu", "sigmoid", "tanh", "square", "gelu", "silu", "mish", "softplus", "elu", "leaky_relu", "logsigmoid", "exp",
-    "log", "abs",
+    "log", "abs", "softcap",
 )  # fmt: skip
 LOSSES = (
     "mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "binary_cross_entropy",
     "kl_div", "poisson_nll_loss", "gaussian_nll_loss",
 )  # fmt: skip
-FASTER = {"softplus", "mish", "elu", "swiglu", "geglu"}  # of which torch's backward, or torch itself, is composed
+FASTER = {
+    "softplus",
+    "mish",
+    "elu",
+    "swiglu",
+    "geglu",
+    "softcap",
+}  # of which torch's backward, or torch itself, is composed
 #: Logits, and the ratio that is wanted.
 CROSS_ENTROPY = {(32, 10): 0.85, (128, 1000): 1.4, (8192, 1024): 2.2, (2048, 32_000): 2.3}
 SIZES = (32, 10_000, 100_000, 1_000_000)
@@ -68,6 +76,8 @@ def rows() -> Iterator[Row]:
 def pair(name: str, **options: Any) -> tuple[Call, Call]:
     """(stock, ours)."""
     stock = ELSEWHERE.get(name) or getattr(F, name)
+    if name == "softcap":
+        options = {"cap": 30.0}
     return partial(stock, **options), partial(getattr(ours, name), **options)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -104,9 +103,11 @@ def write_curves(folder: str, runs: Sequence[Run], every: int) -> None:
 def sweep_figure(runs: Sequence[Run], found: RangeTest) -> Figure:
     """Draw all curves coloured by label, and the sharpness on the way against the limit; in a size whose text a card shows."""
     figure = Figure(figsize=(5.6, 6.4), dpi=100, layout="constrained")
-    for draw, ax in zip((draw_curves, partial(draw_sharpness, found=found)), figure.subplots(2), strict=True):
+    above, below = figure.subplots(2)
+    for ax in (above, below):
         quiet(ax)
-        draw(ax, runs)
+    draw_curves(above, runs)
+    draw_sharpness(below, runs, found)
     return figure
 
 

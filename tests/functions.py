@@ -112,6 +112,7 @@ ACTIVATIONS = [
     elementwise("softplus", torch.nn.functional.softplus, " threshold", beta=2.5, threshold=1.0),
     elementwise("elu", stock.elu),
     elementwise("elu", stock.elu, " alpha", alpha=0.3),
+    elementwise("softcap", stock.softcap, cap=2.0),
     elementwise("leaky_relu", torch.nn.functional.leaky_relu),
     elementwise("leaky_relu", torch.nn.functional.leaky_relu, " slope", negative_slope=0.3),
     elementwise("logsigmoid", torch.nn.functional.logsigmoid),

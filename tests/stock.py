@@ -58,3 +58,34 @@ def elu(x: Tensor, alpha: float = 1.0) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     low = torch.where(wide > 0, 0, wide)
     return torch.where(wide > 0, wide, alpha * torch.expm1(low)).to(x.dtype)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return ((wide / cap).tanh() * cap).to(x.dtype)
+
+
+def cross_entropy(
+    x: Tensor,
+    t: Tensor,
+    w: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """torch's, of operations, with what torch does not have."""
+    x = x if softcap is None else softcap * torch.tanh(x / softcap)
+    losses = F.cross_entropy(x, t, w, reduction="none", label_smoothing=label_smoothing)
+    counts = torch.ones_like(losses) if t.is_floating_point() else (t != -100).to(x.dtype)
+    losses = losses + z_loss * torch.logsumexp(x, 1).square() * counts
+    u = torch.ones_like(losses) if token_weight is None else token_weight
+    if reduction == "none":
+        return losses * u
+    if normalizer is None:
+        share = counts if w is None or t.is_floating_point() else w[t.clamp(min=0)] * counts
+        normalizer = (u * share).sum() if reduction == "mean" else 1
+    return (losses * u).sum() / normalizer

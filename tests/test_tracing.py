@@ -50,7 +50,7 @@ def test_a_module_traces_as_torchs_does(case):
     assert_close(gradient(traced, *map(torch.clone, inputs)), gradient(mine, *map(torch.clone, inputs)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["mse_loss", "cross_entropy", "softmax"])
+@pytest.mark.parametrize("name", ["mse_loss", "huber_loss", "softmax"])
 def test_the_function_itself_is_traced(name):
     assert [n.target for n in symbolic_trace(getattr(ours, name)).graph.nodes if n.op == "call_function"] == [
         getattr(ours, name)

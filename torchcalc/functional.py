@@ -18,6 +18,7 @@ from torchcalc.activations.mish import mish
 from torchcalc.activations.relu import relu
 from torchcalc.activations.sigmoid import sigmoid
 from torchcalc.activations.silu import silu
+from torchcalc.activations.softcap import softcap
 from torchcalc.activations.softplus import softplus
 from torchcalc.activations.square import square
 from torchcalc.activations.tanh import tanh
@@ -61,6 +62,7 @@ __all__ = [
     "sigmoid",
     "silu",
     "smooth_l1_loss",
+    "softcap",
     "softmax",
     "softplus",
     "square",

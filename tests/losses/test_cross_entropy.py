@@ -1,8 +1,12 @@
+import itertools
+
 import pytest
 import torch
 from torch.func import grad, hessian, vmap
 from torch.testing import assert_close
 
+import torchcalc.nn
+from tests import stock
 from tests.functions import classes, normal, probabilities, table
 from torchcalc.functional import cross_entropy
 
@@ -184,3 +188,75 @@ def test_an_impossible_class_that_is_not_asked_for_costs_nothing():
     z = x[0, 1:].log_softmax(0)
     assert torch.allclose(smoothed, -(0.8 * z[0] + 0.1 * z[1]))  # over the weight of class 1, which is 1
     assert cross_entropy(x, torch.tensor([[0.1, 0.4, 0.5]])) == torch.inf
+
+
+def extras():
+    """Every set of what torch's cross_entropy does not take."""
+    for z, c, weighted, n, reduction in itertools.product(
+        (0.0, 0.1), (None, 2.0), (False, True), (None, 3.7), ("none", "sum", "mean")
+    ):
+        if n is None or reduction == "mean":
+            yield dict(z_loss=z, softcap=c, normalizer=n, reduction=reduction), weighted
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("shape", [(6, 5), (5, 100), (3, 7, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_what_torch_does_not_take(shape, dtype, probabilities):
+    """Values, gradients, and in float64 gradients of gradients."""
+    samples = (shape[0], *shape[2:])
+    t = normal(*shape).softmax(1).to(dtype) if probabilities else classes(*samples, high=shape[1])
+    if not probabilities:
+        t.view(-1)[1] = -100
+    eps = torch.finfo(dtype).eps
+    for (options, weighted), smoothing, by_class in itertools.product(extras(), (0.0, 0.2), (False, True)):
+        w = torch.linspace(0.2, 1, shape[1]).to(normal(1)).to(dtype) if by_class else None
+        results = []
+        for f, wide in ((cross_entropy, dtype), (stock.cross_entropy, torch.float64)):
+            x = normal(*shape).to(dtype).to(wide).requires_grad_()
+            u = normal(*samples, seed=2).abs().to(dtype).to(wide).requires_grad_() if weighted else None
+            leaves = [x] if u is None else [x, u]
+            target = t.to(wide) if probabilities else t
+            cw = None if w is None else w.to(wide)
+            loss = f(x, target, cw, label_smoothing=smoothing, token_weight=u, **options)
+            g = torch.linspace(0.5, 1.5, loss.numel()).to(x).view(loss.shape)
+            grads = torch.autograd.grad(loss, leaves, g, create_graph=dtype == torch.float64)
+            second = torch.autograd.grad(grads[0].sin().sum(), x) if dtype == torch.float64 else ()
+            results.append([a.detach().double() for a in (loss, *grads, *second)])
+        assert_close(*results, rtol=30 * eps, atol=30 * eps)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    x, t = normal(8, 5).requires_grad_(), classes(8, high=5)
+    t[5:] = -100  # batches of unlike numbers of tokens
+    whole = cross_entropy(x, t)
+    parts = sum(cross_entropy(a, b, normalizer=(t != -100).sum()) for a, b in zip(x.split(4), t.split(4), strict=True))
+    assert_close(parts, whole)
+    assert_close(torch.autograd.grad(parts, x), torch.autograd.grad(whole, x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(z_loss=-1.0), "z_loss=-1.0: the factor"),
+        (dict(softcap=0.0), "cap=0.0: what the result stays below"),
+        (dict(normalizer=0.0), "normalizer=0.0: one number > 0"),
+        (dict(normalizer=2.0, reduction="sum"), "normalizer=2.0 is what a mean divides by, and reduction is 'sum'"),
+        (dict(token_weight=torch.ones(3)), r"token_weight of shape \(3,\): one weight for each sample, \(2,\)"),
+    ],
+)
+def test_what_is_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), **options)
+
+
+def test_the_module_hands_everything_over():
+    x, t, u = normal(4, 3), classes(4, high=3), normal(4).abs()
+    module = torchcalc.nn.CrossEntropyLoss(reduction="mean", z_loss=0.1, softcap=2.0)
+    loss = cross_entropy(x, t, z_loss=0.1, softcap=2.0, token_weight=u, normalizer=3.0)
+    assert_close(module(x, t, token_weight=u, normalizer=3.0), loss)
+    head = torchcalc.nn.LinearCrossEntropyLoss(3, 5, z_loss=0.1, softcap=2.0, dtype=torch.float64, device=x.device)
+    found, metrics = head(x, t, token_weight=u, normalizer=3.0, metrics=True)
+    logits = x @ head.linear.weight.t()
+    assert_close(found, cross_entropy(logits, t, z_loss=0.1, softcap=2.0, token_weight=u, normalizer=3.0))
+    assert torch.equal(metrics.prediction, logits.argmax(1))

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import torchcalc.nn
 from tests import stock
 from tests.functions import classes, normal, table
+from tests.losses.test_cross_entropy import extras
 from torchcalc.functional import cross_entropy, linear, linear_cross_entropy
 
 F = torch.nn.functional
@@ -158,3 +159,51 @@ def test_the_logits_are_never_there():
     """They would be 128 MiB, and their gradient as much."""
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 32 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory", BUDGETS)
+def test_what_torch_does_not_take(memory, dtype):
+    target = classes(23, high=11)
+    target[::5] = -100
+    eps = torch.finfo(dtype).eps
+    for options, weighted in extras():
+        results = []
+        for wide in (dtype, torch.float64):
+            x, w = (a.to(dtype).to(wide).requires_grad_() for a in (normal(23, 6), normal(11, 6, seed=1)))
+            u = normal(23, seed=2).abs().to(dtype).to(wide) if weighted else None
+            if wide is dtype:
+                loss = linear_cross_entropy(x, w, target, memory=memory, token_weight=u, **options)
+            else:
+                loss = stock.cross_entropy(x @ w.t(), target, token_weight=u, **options)
+            g = torch.linspace(0.5, 1.5, loss.numel()).to(x).view(loss.shape)
+            second = ()
+            if dtype == torch.float64:
+                (first,) = torch.autograd.grad(loss, x, g, create_graph=True)
+                second = torch.autograd.grad(first.sin().sum(), x, retain_graph=True)
+            grads = torch.autograd.grad(loss, (x, w), g)
+            results.append([a.detach().double() for a in (loss, *grads, *second)])
+        assert_close(*results, rtol=40 * eps, atol=200 * eps)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("way", ["chunks", "logits"])
+def test_metrics(way, cap):
+    x, w, b = normal(9, 4).requires_grad_(), normal(6, 4, seed=1), normal(6, seed=2)
+    target = classes(9, high=6)
+    target[2] = -100
+    options = dict(linear_bias=b, softcap=cap, z_loss=0.1, memory=2 * 8 * 6, metrics=True)
+    u = normal(9).abs().requires_grad_(way == "logits")  # which no chunk takes
+    loss, found = linear_cross_entropy(x, w, target, token_weight=u, **options)
+    logits = (x @ w.t() + b).detach()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    p = logits.softmax(1)
+    assert_close(loss.detach(), stock.cross_entropy(logits, target, token_weight=u.detach(), z_loss=0.1))
+    assert_close(found.loss, stock.cross_entropy(logits, target, reduction="none", z_loss=0.1))
+    assert_close(found.log_sum_exp, logits.logsumexp(1))
+    assert_close(found.entropy, -(p * p.log()).sum(1))
+    assert torch.equal(found.prediction, logits.argmax(1))
+    assert_close(found.accuracy.item(), (logits.argmax(1) == target)[target != -100].float().mean().item())
+    assert not any(a.requires_grad for a in found)
+    loss.backward()
+    assert x.grad is not None

@@ -83,6 +83,22 @@ def test_rows_of_a_padded_table() -> None:
         torch.testing.assert_close(table, right)
 
 
+@pytest.mark.parametrize("reduction", ["wide", "mean"])
+def test_z_loss(reduction: str) -> None:
+    x, t = torch.randn(5, 70, dtype=torch.bfloat16), torch.randint(70, (5,))
+    t[1] = -100
+    wide = x.double().requires_grad_()
+    losses = F.cross_entropy(wide, t, reduction="none") + 0.1 * torch.logsumexp(wide, 1).square() * (t != -100)
+    right = losses if reduction == "wide" else losses.sum() / 4
+    loss, kept = row_kernels.cross_entropy(x, t, None, -100, reduction, 0.0, 0.1)
+    assert loss.dtype == (torch.float32 if reduction == "wide" else torch.bfloat16)
+    torch.testing.assert_close(loss.double(), right.detach(), rtol=1e-5 if reduction == "wide" else 8e-3, atol=1e-5)
+    g = torch.ones_like(loss)
+    mine = row_kernels.cross_entropy_gradient(g, x, t, None, kept, -100, reduction, 0.0, 0.1)
+    (gradient,) = torch.autograd.grad(right.sum(), wide)
+    torch.testing.assert_close(mine.double(), gradient, rtol=8e-3, atol=1e-4)
+
+
 def test_more_rows_than_are_summed_at_once() -> None:
     x, t = torch.randn(row_kernels.TOGETHER + 5, 2), torch.arange(row_kernels.TOGETHER + 5) % 2
     assert torch.allclose(launched(x.requires_grad_(), t), F.cross_entropy(x, t))

@@ -226,6 +226,7 @@ TORCHCALC = [
         )
     ),
     f("torchcalc log", ours.log, positive(3, 4), reference=torch.log),
+    f("torchcalc softcap", partial(ours.softcap, cap=2.0), x, reference=lambda x: 2 * torch.tanh(x / 2)),
     f("torchcalc swiglu", ours.swiglu, x, y, reference=lambda a, b: F.silu(a) * b),
     f("torchcalc geglu", ours.geglu, x, y, reference=lambda a, b: F.gelu(a) * b),
     f("torchcalc gelu tanh", partial(ours.gelu, approximate="tanh"), x, reference=partial(F.gelu, approximate="tanh")),

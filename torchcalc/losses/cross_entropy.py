@@ -27,6 +27,12 @@ For classes q is kept as two parts, q = smooth + hard·e_y with smooth = w·ε/C
 (1 - ε)·w_y; for probabilities q is all smooth. A sample of class ignore_index has q = 0. The loss is L = Σ_n ℓ_n / N: N
 = 1 under sum; under mean N counts the samples, or for classes N = Σ_n w_(y_n) over those not ignored.
 
+On request ζ·lse² is added to each sample's loss (z-loss), which keeps Σ e^x near 1; by (2) its slope is
+
+    ∂(ζ·lse²)/∂x = 2ζ·lse·p;                                                      (7)
+
+the logits are capped first (activations/softcap.py); each sample counts u_n times, in the loss and in N; N is given.
+
 Saves its arguments, which are alive anyway, and where a kernel computes it two or three numbers for each sample: its largest
 logit m, log Σ_k e^(x_k - m), and Σq where that differs; from these p is computed anew in backward. torch keeps log p from
 forward, a tensor of the size of x. float16 and bfloat16 are computed in float32, of which nothing is kept either. A kernel
@@ -34,9 +40,10 @@ reads the logits once forward and once backward (native/csrc/rows.cpp on CPU, na
 are the same formulas as operations on tensors.
 
 Reference: Bridle 1990, "Training stochastic model recognition algorithms as networks", NeurIPS 2. Label smoothing:
-Szegedy et al. 2016, arXiv:1512.00567.
+Szegedy et al. 2016, arXiv:1512.00567. z-loss: Chowdhery et al. 2022, "PaLM", arXiv:2204.02311.
 """
 
+import math
 from functools import reduce as fold
 from typing import Any, NamedTuple
 
@@ -46,6 +53,7 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
 from torchcalc import native
+from torchcalc.activations.softcap import softcap as cap
 from torchcalc.autograd import Function
 from torchcalc.formula.launch import fits
 from torchcalc.formula.launched import is_observed
@@ -57,6 +65,9 @@ from torchcalc.promotion import autocasts, like, unbroadcast, widen
 from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
+
+
+BY_ROW = row_kernels.BY_ROW
 
 
 class Distribution(NamedTuple):
@@ -108,12 +119,14 @@ def normalizer(x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int, r
     return torch.where(samples == 0, 1, n) if target.numel() else n
 
 
-def slope_x(x: Tensor, q: Distribution, r: Tensor) -> Tensor:
+def slope_x(x: Tensor, q: Distribution, r: Tensor, z_loss: float) -> Tensor:
     """r·∂ℓ/∂x, where r is each sample's share ∂L/∂ℓ, 0 for an ignored one."""
     dim = class_dim(x)
     p = torch.softmax(widen(x), dim)  # (2)
-    smooth = q.smooth.sum(dim, keepdim=True) if isinstance(q.smooth, Tensor) else q.smooth * x.shape[dim]
-    grad = p * (r * (q.hard + smooth))
+    total = q.hard + (q.smooth.sum(dim, keepdim=True) if isinstance(q.smooth, Tensor) else q.smooth * x.shape[dim])
+    if z_loss:
+        total = total + 2 * z_loss * torch.logsumexp(widen(x), dim, keepdim=True)  # (7)
+    grad = p * (r * total)
     if not torch.is_grad_enabled() and is_plain(p):  # in place: it is as large as the logits
         if isinstance(q.smooth, Tensor) or q.smooth:
             grad.sub_(r * q.smooth)
@@ -169,13 +182,14 @@ def gradients(
     ignore_index: int,
     reduction: str,
     smoothing: float,
+    z_loss: float = 0.0,
     needed: tuple[bool, ...] = (True, False, False),
 ) -> tuple[Any, ...]:
     """∂L/∂x, ∂L/∂t, ∂L/∂w, times what comes in; None for what is not needed. By operations that have derivatives."""
     need_x, need_t, need_w = needed
     q = distribution(x, target, w, ignore_index, smoothing)
     g = widen(grad_output) / normalizer(x, target, w, ignore_index, reduction)
-    if reduction == "none":
+    if reduction in BY_ROW:
         g = g.reshape(x.narrow(class_dim(x), 0, 1).shape)
     r = g * q.counts
     grad_w = None
@@ -183,7 +197,7 @@ def gradients(
         u = distribution(x, target, None, ignore_index, smoothing)
         grad_w = unbroadcast(r * slope_w(x, u), column(w, x)).to(w.dtype).view(w.shape)
     return (
-        like(slope_x(x, q, r), x) if need_x else None,
+        like(slope_x(x, q, r, z_loss), x) if need_x else None,
         like(r * slope_t(x, w, smoothing), target) if need_t else None,
         grad_w,
     )
@@ -200,6 +214,7 @@ class CrossEntropyFunction(Function):
         ignore_index: int,
         reduction: str,
         smoothing: float,
+        z_loss: float,
         *,
         needs_input_grad: tuple[bool, ...],
     ) -> Tensor:
@@ -210,16 +225,20 @@ class CrossEntropyFunction(Function):
                 "This input cannot have requires_grad True. Use weight.detach(), or class probabilities as target."
             )
         t = widen(target) if probabilities else target
-        summed = "sum" if reduction == "mean" else reduction
+        summed = "sum" if reduction in ("mean", "sum") and not z_loss else "none"
         loss = F.cross_entropy(
             widen(x), t, widen(w), ignore_index=ignore_index, reduction=summed, label_smoothing=smoothing
         )
         if (probabilities or smoothing) and (not (loss.is_cpu and is_plain(loss)) or loss.isnan().any()):
             loss = careful(x, distribution(x, target, w, ignore_index, smoothing))
             loss = loss.sum() if summed == "sum" else loss
+        if z_loss:
+            added = z_loss * torch.logsumexp(widen(x), class_dim(x)).square()
+            loss = loss + (added if probabilities else torch.where(target != ignore_index, added, 0))
+            loss = loss if reduction in BY_ROW else loss.sum()
         if reduction == "mean":
             loss = loss / normalizer(x, target, w, ignore_index, reduction)
-        return loss.to(_result_dtype(x, target, w))
+        return loss.to(_result_dtype(x, target, w, reduction))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -229,36 +248,34 @@ class CrossEntropyFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, target, w = ctx.saved_tensors
-        ignore_index, reduction, smoothing = ctx.options
+        ignore_index, reduction, smoothing, z_loss = ctx.options
         needed = ctx.needs_input_grad[:3]
-        found = gradients(grad_output, x, target, w, ignore_index, reduction, smoothing, needed)
-        return *found, None, None, None
+        found = gradients(grad_output, x, target, w, ignore_index, reduction, smoothing, z_loss, needed)
+        return *found, *(None for _ in ctx.options)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, dt: Tensor | None, dw: Tensor | None, *_: None) -> Tensor:
         x, target, w = ctx.saved_tensors
-        ignore_index, reduction, smoothing = ctx.options
+        ignore_index, reduction, smoothing, z_loss = ctx.options
         q = distribution(x, target, w, ignore_index, smoothing)
-        change = slope_x(x, q, q.counts) * dx
+        change = slope_x(x, q, q.counts, z_loss) * dx
         if dt is not None:
             change = change + slope_t(x, w, smoothing) * dt
             if dw is not None:
                 change = change + slope_w(x, distribution(x, target, None, ignore_index, smoothing)) * column(dw, x)
-        losses = change.sum(class_dim(x)) if reduction == "none" else change.sum()
+        losses = change.sum(class_dim(x)) if reduction in BY_ROW else change.sum()
         losses = losses / normalizer(x, target, w, ignore_index, reduction)
-        return losses.to(_result_dtype(x, target, w))
+        return losses.to(_result_dtype(x, target, w, reduction))
 
 
 class LaunchedCrossEntropyFunction(torch.autograd.Function):
     """The same by kernels on a GPU, as bare as can be: (rows, classes) and the class of each row."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int, reduction: str, smoothing: float
-    ) -> Tensor:
-        loss, ctx.kept = row_kernels.cross_entropy(x, target, w, ignore_index, reduction, smoothing)
+    def forward(ctx: Any, x: Tensor, target: Tensor, w: Tensor | None, *options: Any) -> Tensor:
+        loss, ctx.kept = row_kernels.cross_entropy(x, target, w, *options)
         ctx.save_for_backward(x, target, w)
-        ctx.options = (ignore_index, reduction, smoothing)
+        ctx.options = options
         return loss
 
     @staticmethod
@@ -268,16 +285,22 @@ class LaunchedCrossEntropyFunction(torch.autograd.Function):
             grad, *_ = gradients(g, x, target, w, *ctx.options)
         else:
             grad = row_kernels.cross_entropy_gradient(g, x, target, w, ctx.kept, *ctx.options)
-        return grad, None, None, None, None, None
+        return grad, None, None, *(None for _ in ctx.options)
 
 
 def _launched(
-    x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int, reduction: str, smoothing: float
+    x: Tensor,
+    target: Tensor,
+    w: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float,
+    z_loss: float = 0.0,
 ) -> Tensor | None:
     """The loss by kernels on a GPU; None where they do not take the arguments."""
     if (
         not (x.is_cuda or INTERPRETED)
-        or reduction not in kernels.REDUCTIONS
+        or reduction not in kernels.ROW_REDUCTIONS
         or not 0 <= smoothing <= 1
         or not row_kernels.takes(x, target, w)
         or is_observed()
@@ -288,14 +311,40 @@ def _launched(
         return None
     if x.is_cuda:
         row_kernels.enter(x, target, w, ignore_index, reduction, smoothing)
-    loss: Tensor = LaunchedCrossEntropyFunction.apply(x, target, w, ignore_index, reduction, smoothing)
+    loss: Tensor = LaunchedCrossEntropyFunction.apply(x, target, w, ignore_index, reduction, smoothing, z_loss)
     return loss
 
 
-def _result_dtype(x: Tensor, target: Tensor, w: Tensor | None) -> torch.dtype:
-    if not target.is_floating_point():
-        return x.dtype
-    return fold(torch.promote_types, (a.dtype for a in (x, target, w) if a is not None))
+def _result_dtype(x: Tensor, target: Tensor, w: Tensor | None, reduction: str) -> torch.dtype:
+    dtype = x.dtype
+    if target.is_floating_point():
+        dtype = fold(torch.promote_types, (a.dtype for a in (x, target, w) if a is not None))
+    return torch.promote_types(dtype, torch.float32) if reduction == "wide" else dtype
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    if not torch.compiler.is_compiling() and isinstance(input, Tensor):
+        halves = input.dtype in (torch.bfloat16, torch.float16)
+        arguments = (widen(input), target, widen(weight)) if halves and autocasts(input) else (input, target, weight)
+        loss: Tensor | None = None
+        if (rows := kernels.rows()) is not None:
+            code = kernels.ROW_REDUCTIONS.get(reduction, -1)
+            loss = rows.cross_entropy(*arguments, ignore_index, code, smoothing, z_loss)
+        if loss is None:
+            loss = _launched(*arguments, ignore_index, reduction, smoothing, z_loss)
+        if loss is not None:
+            return loss
+        if rows is None:
+            native.warn_once((input,), nodes=True)
+    return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, smoothing, z_loss)
 
 
 @leaf
@@ -308,6 +357,11 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """The cross-entropy of softmax(input), as ``torch.nn.functional.cross_entropy``.
 
@@ -323,20 +377,27 @@ def cross_entropy(
         reduction: ``"none"`` for the losses of the samples, ``"sum"``, or ``"mean"``.
         label_smoothing: part ε of each target that is spread evenly over the classes, ≤ 1; torch takes a negative one
             as 0.
+        z_loss: ζ ≥ 0: adds ζ·(log Σ e^x)² to the loss of each sample; 1e-4 is usual.
+        softcap: c > 0: the logits are c·tanh(input/c).
+        token_weight: how often each sample counts, ``(N, *)`` or ``()``, of float dtype; a mean is over their sum. It gets a
+            gradient if it needs one.
+        normalizer: what the sum is divided by under ``"mean"``, > 0, a number or a tensor of one: the tokens of all k
+            micro-batches, say, whose losses then add up to that of the whole batch.
 
     Returns:
         0-d tensor, or for ``"none"`` one of shape ``(N, *)`` or ``()``.
 
     Raises:
         IndexError: if a target is not a class (on a CPU; CUDA asserts on the device).
-        ValueError: if ``reduction`` is unknown or the batch sizes differ.
+        ValueError: if ``reduction`` is unknown, the batch sizes differ, or an argument is out of its range.
         RuntimeError: if other shapes or dtypes do not fit, label_smoothing > 1, or ``weight`` needs a gradient while
             target is classes.
 
     Differs from torch: if all targets are ignored, the mean is 0 and so is its gradient, where torch's mean is NaN.
     float16 and bfloat16 are computed in float32 and rounded once.
 
-    Reference: Bridle 1990, NeurIPS 2; label smoothing: Szegedy et al. 2016, arXiv:1512.00567.
+    Reference: Bridle 1990, NeurIPS 2; label smoothing: Szegedy et al. 2016, arXiv:1512.00567; z-loss: Chowdhery et al. 2022,
+    arXiv:2204.02311.
 
     >>> logits = torch.tensor([[0.8, 0.1, 0.1]]).log().requires_grad_()
     >>> loss = cross_entropy(logits, torch.tensor([0]))  # said 0.8 of what is true
@@ -347,22 +408,76 @@ def cross_entropy(
     2.30
     """
     reduction = resolve(reduction, size_average, reduce)
+    if reduction not in kernels.REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction: 'none', 'mean' or 'sum'")
     if target.dtype == torch.uint8:
         target = target.long()  # torch's own transforms have no uint8 index
-    smoothing = max(float(label_smoothing), 0.0)
-    if not torch.compiler.is_compiling() and isinstance(input, Tensor):
-        halves = input.dtype in (torch.bfloat16, torch.float16)
-        arguments = (widen(input), target, widen(weight)) if halves and autocasts(input) else (input, target, weight)
-        loss: Tensor | None = None
-        if (rows := kernels.rows()) is not None:
-            loss = rows.cross_entropy(*arguments, ignore_index, kernels.REDUCTIONS.get(reduction, -1), smoothing)
-        if loss is None:
-            loss = _launched(*arguments, ignore_index, reduction, smoothing)
-        if loss is not None:
-            return loss
-        if rows is None:
-            native.warn_once((input,), nodes=True)
-    return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, smoothing)
+    smoothing, z_loss = max(float(label_smoothing), 0.0), float(z_loss)
+    if softcap is not None:
+        input = cap(input, softcap)
+    if z_loss != 0:
+        check_z_loss(z_loss)
+    if token_weight is None and normalizer is None:
+        return _cross_entropy(input, target, weight, ignore_index, reduction, smoothing, z_loss)
+    check_normalizer(normalizer, reduction)
+    losses = _cross_entropy(input, target, weight, ignore_index, "wide", smoothing, z_loss)
+    total = reduced(losses, input, target, weight, ignore_index, reduction, token_weight, normalizer)
+    return total.to(_result_dtype(input, target, weight, reduction))
+
+
+def check_z_loss(z_loss: float) -> None:
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss={z_loss}: the factor of (log Σ e^x)², >= 0 and finite, e.g. 1e-4")
+
+
+def check_normalizer(n: float | Tensor | None, reduction: str) -> None:
+    if n is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f'normalizer={n} is what a mean divides by, and reduction is {reduction!r}: pass reduction="mean"'
+        )
+    if n.numel() != 1 if isinstance(n, Tensor) else not n > 0:
+        raise ValueError(f"normalizer={n}: one number > 0, e.g. the tokens of the whole batch")
+
+
+def shares(
+    x: Tensor,
+    target: Tensor,
+    w: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    token_weight: Tensor | None,
+    n: float | Tensor | None,
+) -> tuple[Tensor | None, Any]:
+    """u of each sample, None for 1; and N."""
+    u = None
+    if token_weight is not None:
+        samples = x.narrow(class_dim(x), 0, 1).squeeze(class_dim(x)).shape
+        if token_weight.shape != samples:
+            raise ValueError(
+                f"token_weight of shape {tuple(token_weight.shape)}: one weight for each sample, {tuple(samples)}"
+            )
+        u = widen(token_weight)
+    if n is not None or reduction != "mean":
+        return u, 1 if n is None else n.reshape(()) if isinstance(n, Tensor) else n
+    if u is None or not target.numel():
+        return u, normalizer(x, target, w, ignore_index, reduction)
+    if target.is_floating_point():
+        counted = u
+    else:
+        counts = target != ignore_index
+        counted = torch.where(counts, u if w is None else u * each(w, torch.where(counts, target, 0)), 0)
+    total = counted.sum()
+    return u, torch.where(total == 0, 1, total)
+
+
+def reduced(losses: Tensor, *arguments: Any) -> Tensor:
+    """Σ u·ℓ/N, or each u·ℓ."""
+    reduction = arguments[4]
+    u, n = shares(*arguments)
+    losses = losses if u is None else losses * u
+    return losses if reduction == "none" else losses.sum() / n
 
 
 class CrossEntropyLoss(NotScripted, nn.CrossEntropyLoss):
@@ -372,7 +487,30 @@ class CrossEntropyLoss(NotScripted, nn.CrossEntropyLoss):
     tensor(1.3863)
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> None:
+        """Args: those of :func:`cross_entropy`."""
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.z_loss, self.softcap = z_loss, softcap
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
         """Apply :func:`cross_entropy`; ``(N, C, *)`` against ``(N, *)``."""
         return cross_entropy(
             input,
@@ -381,4 +519,8 @@ class CrossEntropyLoss(NotScripted, nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            token_weight=token_weight,
+            normalizer=normalizer,
         )

@@ -22,17 +22,19 @@ Reference: the chain rule; chunks and gradients in forward: Hsu et al. 2024, "Li
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from torchcalc.activations.softcap import softcap
 from torchcalc.casts import cast
 from torchcalc.formula.launch import PLAIN
 from torchcalc.formula.launched import is_observed
 from torchcalc.formula.triton import ELEMENTS
 from torchcalc.layers.linear import linear
-from torchcalc.losses.cross_entropy import cross_entropy, normalizer
+from torchcalc.losses.cross_entropy import check_normalizer, check_z_loss, class_dim, cross_entropy, shares
 from torchcalc.native import gpu, row_kernels
 from torchcalc.native import pointwise as kernels
 from torchcalc.promotion import autocasts, widen
@@ -45,36 +47,100 @@ MEMORY = 64 << 20
 SAMPLES = 4096
 
 
+class Terms(NamedTuple):
+    """How the loss is taken: the arguments of cross_entropy."""
+
+    target: Any
+    class_weight: Tensor | None
+    token_weight: Tensor | None
+    normalizer: float | Tensor | None
+    ignore_index: int
+    reduction: str
+    smoothing: float
+    z_loss: float
+    softcap: float | None
+
+
+class TokenMetrics(NamedTuple):
+    """What can be said of each sample beside its loss; without derivatives. All but accuracy have the shape of the target."""
+
+    loss: Tensor  #: ℓ, without token_weight
+    log_sum_exp: Tensor  #: log Σ e^z
+    entropy: Tensor  #: -Σ p·log p, in nats
+    prediction: Tensor  #: the class of the largest logit, int64
+    accuracy: Tensor  #: 0-d: the part of the samples, ignored ones apart, whose prediction is their target
+
+
 def with_logits(
-    x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, class_weight: Tensor | None, *options: Any
-) -> Tensor:
-    """The definition."""
-    ignore_index, reduction, smoothing = options
+    x: Tensor, w: Tensor, b: Tensor | None, terms: Terms, inner: tuple[int, ...] = (), metrics: bool = False
+) -> tuple[Tensor, TokenMetrics | None]:
+    """The definition. inner: the sizes of the logits' dimensions after the samples, the classes first; () for (C,)."""
     logits = linear(x, w, b)
-    return cross_entropy(
-        logits, target, class_weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
-    )
+    logits = logits.unflatten(-1, inner) if inner else logits
+
+    def loss_of(logits: Tensor, reduction: str, u: Tensor | None, n: float | Tensor | None) -> Tensor:
+        return cross_entropy(
+            logits,
+            terms.target,
+            terms.class_weight,
+            ignore_index=terms.ignore_index,
+            reduction=reduction,
+            label_smoothing=terms.smoothing,
+            z_loss=terms.z_loss,
+            softcap=terms.softcap,
+            token_weight=u,
+            normalizer=n,
+        )
+
+    loss = loss_of(logits, terms.reduction, terms.token_weight, terms.normalizer)
+    if not metrics:
+        return loss, None
+    with torch.no_grad():
+        losses = loss_of(logits.detach(), "none", None, None)
+        z = logits.detach() if terms.softcap is None else softcap(logits.detach(), terms.softcap)
+        return loss, accurate(losses, *look_at(z), terms)
 
 
-def losses_of(
-    z: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, smoothing: float, share: Tensor | None
-) -> Tensor | None:
+def look_at(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-sum-exp, the entropy and the largest logit's class of every sample; a few samples at a time."""
+    dim = class_dim(z)
+    found = []
+    for part in z.split(max(1, len(z) // 16)) if dim else [z]:
+        wide = widen(part)
+        lse = wide.logsumexp(dim, keepdim=True)
+        p = (wide - lse).exp()
+        entropy = lse.squeeze(dim) - torch.where(p == 0, 0, p * wide).sum(dim)
+        found.append((lse.squeeze(dim), entropy, part.argmax(dim)))
+    lse, entropy, prediction = (torch.cat(each) if dim else each[0] for each in zip(*found, strict=True))
+    return lse, entropy, prediction
+
+
+def accurate(losses: Tensor, lse: Tensor, entropy: Tensor, prediction: Tensor, terms: Terms) -> TokenMetrics:
+    target = terms.target
+    classes = target.argmax(class_dim(target)) if target.is_floating_point() else target
+    counts = classes != terms.ignore_index
+    accuracy = ((prediction == classes) & counts).sum() / counts.sum()
+    return TokenMetrics(losses, lse, entropy, prediction, accuracy)
+
+
+def losses_of(z: Tensor, target: Tensor, terms: Terms, share: Tensor | None) -> Tensor | None:
     """The losses of a chunk; z becomes its gradient times the share, one number or one a row. None: no kernel takes it."""
+    weight, ways = terms.class_weight, (terms.smoothing, terms.z_loss)
     if z.is_cpu and (rows := kernels.rows()) is not None:
-        losses: Tensor | None = rows.cross_entropy_in_place(z, target, class_weight, ignore_index, smoothing, share)
+        losses: Tensor | None = rows.cross_entropy_in_place(z, target, weight, terms.ignore_index, *ways, share)
         if losses is not None:
             return losses
-    if not row_kernels.takes(z, target, class_weight):
+    if not row_kernels.takes(z, target, weight):
         return None
-    losses, kept = row_kernels.cross_entropy(z, target, class_weight, ignore_index, "none", smoothing)
+    losses, kept = row_kernels.cross_entropy(z, target, weight, terms.ignore_index, "wide", *ways)
     if share is not None:
         how = "sum" if share.dim() == 0 else "none"
-        row_kernels.cross_entropy_gradient(share, z, target, class_weight, kept, ignore_index, how, smoothing, out=z)
+        row_kernels.cross_entropy_gradient(share, z, target, weight, kept, terms.ignore_index, how, *ways, out=z)
     return losses
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """By chunks of tokens; of plain tensors that kernels take."""
+    """By chunks of tokens; of plain tensors that kernels take. Returns the loss, and what TokenMetrics has but accuracy."""
 
     @staticmethod
     def forward(
@@ -82,41 +148,44 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         x: Tensor,
         w: Tensor,
         b: Tensor | None,
-        target: Tensor,
-        class_weight: Tensor | None,
-        options: tuple[int, str, float],
+        terms: Terms,
         chunk: int,
         dtype: torch.dtype,
         recorded: bool,
-    ) -> Tensor:
-        ignore_index, reduction, smoothing = ctx.options = options
-        ctx.chunk = chunk
+        metrics: bool,
+    ) -> Any:
         needed = [recorded and need for need in ctx.needs_input_grad[:3]]
-        n = torch.as_tensor(normalizer(x, target, class_weight, ignore_index, reduction), device=x.device).double()
+        target, weight, token_weight, given = terms[:4]
+        u, found = shares(x, target, weight, terms.ignore_index, terms.reduction, token_weight, given)
+        n = torch.as_tensor(found, device=x.device).double()
         share = None
-        if reduction != "none" and any(needed):
-            share = (1 / n).to(widen(x).dtype)
-        losses, grads = run(x, w, b, target, class_weight, ignore_index, smoothing, chunk, share, needed)
-        ctx.save_for_backward(x, w, b, target, class_weight, *grads)
-        if reduction == "none":
-            return losses.to(dtype)
-        return (losses.double().sum() / n).to(dtype)
+        if terms.reduction != "none" and any(needed):
+            share = ((1 if u is None else u) / n).to(widen(x).dtype)
+        losses, grads, looks = run(x, w, b, terms, chunk, share, needed, metrics)
+        ctx.save_for_backward(x, w, b, target, weight, token_weight, *grads)
+        ctx.terms, ctx.chunk = terms._replace(target=None, class_weight=None, token_weight=None), chunk
+        each = losses if u is None else losses * u
+        loss = each.to(dtype, copy=True) if terms.reduction == "none" else (each.double().sum() / n).to(dtype)
+        if not metrics:
+            return loss
+        ctx.mark_non_differentiable(losses, *looks)
+        return loss, losses, *looks
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b, target, class_weight, *grads = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, b, target, weight, u, *grads = ctx.saved_tensors
+        terms = ctx.terms._replace(target=target, class_weight=weight, token_weight=u)
         needed = ctx.needs_input_grad[:3]
-        nothing = (None,) * 6
+        nothing = (None,) * 5
         if torch.is_grad_enabled() or type(g) not in PLAIN or not torch._C._has_storage(g):
             with torch.enable_grad():
                 arguments = [a for a, need in zip((x, w, b), needed, strict=True) if need]
-                loss = with_logits(x, w, b, target, class_weight, *ctx.options)
+                loss = with_logits(x, w, b, terms)[0]
             found = iter(torch.autograd.grad(loss, arguments, g, create_graph=torch.is_grad_enabled()))
             return *(next(found) if need else None for need in needed), *nothing
-        ignore_index, reduction, smoothing = ctx.options
-        if reduction == "none":
-            _, grads = run(x, w, b, target, class_weight, ignore_index, smoothing, ctx.chunk, g, needed)
-            return *grads, *nothing
+        if terms.reduction == "none":
+            share = widen(g) if u is None else widen(g) * u
+            return *run(x, w, b, terms, ctx.chunk, share, needed)[1], *nothing
         return *(None if grad is None else grad * g for grad in grads), *nothing
 
 
@@ -124,15 +193,13 @@ def run(
     x: Tensor,
     w: Tensor,
     b: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    smoothing: float,
+    terms: Terms,
     chunk: int,
     share: Tensor | None,
     needed: list[bool] | tuple[bool, ...],
-) -> tuple[Tensor, list[Tensor | None]]:
-    """All losses, and the gradients (1) of x, w, b that are needed, for G = share·∂ℓ/∂Z; none without a share."""
+    metrics: bool = False,
+) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+    """All losses; the gradients (1) of x, w, b that are needed, for G = share·∂ℓ/∂Z, none without a share; metrics, if wanted."""
     need_x, need_w, need_b = (share is not None and need for need in needed)
     classes, samples, wide = len(w), len(x), widen(x).dtype
     even_w, even_b = even(w), None if b is None else even(b)
@@ -140,7 +207,7 @@ def run(
     grad_w = torch.empty(even_w.shape, dtype=wide, device=w.device) if need_w else None
     grad_b = torch.zeros(classes, dtype=wide, device=w.device) if need_b else None
     room = torch.empty((min(chunk, samples), len(even_w)), dtype=x.dtype, device=x.device)
-    losses = []
+    losses, looks = [], []
     for start in range(0, samples, chunk):
         stop = min(start + chunk, samples)
         here, whole = x[start:stop], room[: stop - start]
@@ -148,11 +215,19 @@ def run(
             torch.mm(here, even_w.t(), out=whole)
         else:
             torch.addmm(even_b, here, even_w.t(), out=whole)
+        uncapped = whole
+        if terms.softcap is not None:
+            whole = softcap(uncapped, terms.softcap)
         z = whole[:, :classes]
+        if metrics:
+            looks.append(look_at(z))
         part = share if share is None or share.dim() == 0 else share[start:stop]
-        each = losses_of(z, target[start:stop], class_weight, ignore_index, smoothing, part)
+        target = terms.target[start:stop]
+        each = losses_of(z, target, terms, part)
         if each is None:  # a target that is no class: the definition says so
-            raise IndexError(_no_class(target[start:stop], classes, ignore_index))
+            raise IndexError(_no_class(target, classes, terms.ignore_index))
+        if terms.softcap is not None and part is not None:
+            whole = uncap(whole, uncapped, terms.softcap)
         losses.append(each)
         if grad_x is not None:
             torch.mm(whole, even_w, out=grad_x[start:stop])
@@ -164,7 +239,16 @@ def run(
     grads = [
         None if a is None else a.to(x.dtype) for a in (grad_x, None if grad_w is None else grad_w[:classes], grad_b)
     ]
-    return torch.cat(losses), grads
+    return torch.cat(losses), grads, [torch.cat(each) for each in zip(*looks, strict=True)]
+
+
+def uncap(g: Tensor, x: Tensor, cap: float) -> Tensor:
+    """From the gradient of softcap(x) that of x."""
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        y = softcap(leaf, cap)
+    (grad,) = torch.autograd.grad(y, leaf, g)
+    return grad
 
 
 def even(w: Tensor) -> Tensor:
@@ -212,7 +296,12 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     memory: int | None = None,
-) -> Tensor:
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    metrics: bool = False,
+) -> Any:
     """cross_entropy(linear(input, linear_weight, linear_bias), target), as ``torch.nn.functional.linear_cross_entropy``.
 
     For classes as targets the logits are never there as a whole: they are computed for as many samples at a time as fit in
@@ -230,14 +319,19 @@ def linear_cross_entropy(
         options: torch's, for its own chunks; taken, and without effect.
         memory: bytes of logits that are there at a time, > 0; a chunk is one sample at least. Fewer save memory, and from
             some hundred samples a chunk downwards cost time. None: 64 MiB on a CPU, 4,096 samples on a GPU.
+        z_loss: as of :func:`cross_entropy`, as are the next three.
+        softcap: c > 0 of capped logits.
+        token_weight: how often each sample counts, of the target's shape.
+        normalizer: what a mean divides by.
+        metrics: also return :class:`TokenMetrics`: loss, log-sum-exp, entropy and prediction of each sample, and the accuracy.
 
     Returns:
-        0-d tensor, or for ``"none"`` one of shape ``(N,)``.
+        0-d tensor, or for ``"none"`` one of shape ``(N,)``; with ``metrics`` that and the metrics.
 
     Raises:
         RuntimeError: if shapes do not fit.
         IndexError: if a target is not a class.
-        ValueError: if ``memory`` is not positive, or ``reduction`` is unknown.
+        ValueError: if ``memory`` is not positive, ``reduction`` is unknown, or an argument of cross_entropy is out of its range.
 
     Differs from torch: derivatives of any order and mode, ``torch.func`` and ``torch.compile`` work; they take the logits.
 
@@ -273,37 +367,40 @@ def linear_cross_entropy(
         )
     if target.shape == (*input.shape[:-1], *linear_weight.shape[:-1]) and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
-    ways = (-100 if ignore_index is None else ignore_index, reduction, max(float(label_smoothing), 0.0))
+    check_z_loss(z_loss)
+    check_normalizer(normalizer, reduction)
+    smoothing = max(float(label_smoothing), 0.0)
+    terms = Terms(
+        target,
+        weight,
+        token_weight,
+        normalizer,
+        -100 if ignore_index is None else ignore_index,
+        reduction,
+        smoothing,
+        float(z_loss),
+        softcap,
+    )
     flat = linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten()
-    if inner:
-        logits = linear(input, *flat).unflatten(-1, linear_weight.shape[:-1])
-        return cross_entropy(
-            logits, target, weight, ignore_index=ways[0], reduction=reduction, label_smoothing=label_smoothing
-        )
-    tensors = [a for a in (input, linear_weight, linear_bias, target, weight) if a is not None]
-    if autocasts(input) and not torch.compiler.is_compiling():
-        low = torch.get_autocast_dtype(input.device.type)
-        x, w, b = (a if a is None or a.dtype == torch.float64 else cast(a, low) for a in (input, *flat))
-        assert x is not None and w is not None
-        if takes(tensors, x, w, b, target, weight, ways):
-            with torch.autocast(input.device.type, enabled=False):
-                return _chunked(x, w, b, target, weight, ways, memory, widen(x).dtype)
-    elif takes(tensors, input, *flat, target, weight, ways):
-        return _chunked(input, *flat, target, weight, ways, memory, input.dtype)
-    return with_logits(input, *flat, target, weight, *ways)
+    if not inner:
+        if autocasts(input) and not torch.compiler.is_compiling():
+            low = torch.get_autocast_dtype(input.device.type)
+            x, w, b = (a if a is None or a.dtype == torch.float64 else cast(a, low) for a in (input, *flat))
+            assert x is not None and w is not None
+            if takes((input, linear_weight, linear_bias), x, w, b, terms):
+                with torch.autocast(input.device.type, enabled=False):
+                    return _chunked(x, w, b, terms, memory, widen(x).dtype, metrics)
+        elif takes((), input, *flat, terms):
+            return _chunked(input, *flat, terms, memory, input.dtype, metrics)
+    loss, found = with_logits(input, *flat, terms, tuple(linear_weight.shape[:-1]) if inner else (), metrics)
+    return (loss, found) if metrics else loss
 
 
-def takes(
-    tensors: list[Tensor],
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ways: tuple[int, str, float],
-) -> bool:
-    """Whether the chunks' kernels are there for these arguments, and nothing looks on."""
-    if torch.compiler.is_compiling() or is_observed() or any(type(a) not in PLAIN for a in tensors):
+def takes(others: Sequence[Tensor | None], x: Tensor, w: Tensor, b: Tensor | None, terms: Terms) -> bool:
+    """Whether the chunks' kernels are there for these arguments, and nothing looks on. others: whose type is to be plain."""
+    target, class_weight, u, n = terms[:4]
+    given = (*others, x, w, b, target, class_weight, u, n if isinstance(n, Tensor) else None)
+    if torch.compiler.is_compiling() or is_observed() or any(a is not None and type(a) not in PLAIN for a in given):
         return False
     layer = [a for a in (x, w, b) if a is not None]
     return (
@@ -316,40 +413,33 @@ def takes(
         and target.dtype == torch.int64
         and target.shape == x.shape[:1]
         and target.device == x.device
-        and ways[1] in kernels.REDUCTIONS
-        and ways[2] <= 1
-        and (
-            class_weight is None
-            or (
-                class_weight.shape == w.shape[:1]
-                and class_weight.is_floating_point()
-                and class_weight.device == x.device
-                and not class_weight.requires_grad
-            )
-        )
+        and terms.reduction in kernels.REDUCTIONS
+        and terms.smoothing <= 1
+        and (class_weight is None or (class_weight.shape == w.shape[:1] and _is_constant(class_weight, x)))
+        and (u is None or _is_constant(u, x))
+        and not (isinstance(n, Tensor) and n.requires_grad)
     )
 
 
+def _is_constant(a: Tensor, x: Tensor) -> bool:
+    return a.is_floating_point() and a.device == x.device and not a.requires_grad
+
+
 def _chunked(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ways: tuple[int, str, float],
-    memory: int | None,
-    dtype: torch.dtype,
-) -> Tensor:
+    x: Tensor, w: Tensor, b: Tensor | None, terms: Terms, memory: int | None, dtype: torch.dtype, metrics: bool
+) -> Any:
     if memory is None and x.is_cuda:
         chunk = SAMPLES
     else:
         chunk = max(1, (MEMORY if memory is None else memory) // (len(w) * x.element_size()))
-    recorded = torch.is_grad_enabled()
-    class_weight = None if class_weight is None else class_weight.to(x.dtype).contiguous()
-    loss: Tensor = LinearCrossEntropyFunction.apply(
-        x, w, b, target.contiguous(), class_weight, ways, chunk, dtype, recorded
-    )
-    return loss
+    weight = terms.class_weight
+    weight = None if weight is None else weight.to(x.dtype).contiguous()
+    terms = terms._replace(target=terms.target.contiguous(), class_weight=weight)
+    found = LinearCrossEntropyFunction.apply(x, w, b, terms, chunk, dtype, torch.is_grad_enabled(), metrics)
+    if not metrics:
+        return found
+    loss, losses, lse, entropy, prediction = found
+    return loss, accurate(losses, lse, entropy, prediction, terms)
 
 
 _Base: Any = getattr(nn, "LinearCrossEntropyLoss", nn.Module)  # from torch 2.13 on
@@ -377,8 +467,10 @@ class LinearCrossEntropyLoss(NotScripted, _Base):
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         options: Any = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
     ) -> None:
-        """Args: those of ``torch.nn.LinearCrossEntropyLoss``; ``options`` is ignored."""
+        """Args: of ``torch.nn.LinearCrossEntropyLoss``, without its ``options``, and of :func:`linear_cross_entropy`."""
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
         if not 0 <= label_smoothing <= 1:
@@ -387,10 +479,19 @@ class LinearCrossEntropyLoss(NotScripted, _Base):
         self.register_buffer("weight", weight)
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
         self.num_classes, self.out_features, self.options = num_classes, out_features, options
+        self.z_loss, self.softcap = z_loss, softcap
         outputs = math.prod(out_features, start=num_classes)
         self.linear = nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        metrics: bool = False,
+    ) -> Any:
         """Apply :func:`linear_cross_entropy`; ``(N, in_features)`` against ``(N,)``."""
         layer = self.linear
         shape = (self.num_classes, *self.out_features)
@@ -403,4 +504,9 @@ class LinearCrossEntropyLoss(NotScripted, _Base):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            metrics=metrics,
         )

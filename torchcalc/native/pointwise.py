@@ -18,10 +18,22 @@ from torchcalc import native
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["REDUCTIONS", "elementwise", "enter_launch", "index", "of_halves", "reduced", "rows", "saved"]
+__all__ = [
+    "REDUCTIONS",
+    "ROW_REDUCTIONS",
+    "elementwise",
+    "enter_launch",
+    "index",
+    "of_halves",
+    "reduced",
+    "rows",
+    "saved",
+]
 
 #: torch's numbers for them.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+#: And "none" in the dtype that is computed in.
+ROW_REDUCTIONS = {**REDUCTIONS, "wide": 3}
 
 _indices: dict[str, int] = {}
 _connected: bool | None = None
@@ -44,8 +56,8 @@ def index(formula: Formula) -> int:
 
 
 def rows() -> Any:
-    """The module with cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing) and softmax(input, dim,
-    log), and of what steps and launches on a GPU use; None where it is not there."""
+    """The module, or None where it is not there. It has, besides the above, cross_entropy(input, target, weight, ignore_index,
+    reduction, label_smoothing, z_loss), softmax(input, dim, log), and what steps and launches on a GPU use."""
     return _nodes if _connect() else None
 
 
@@ -97,10 +109,17 @@ def _register_second_derivatives() -> None:
         return like((softmax.log_softmax_backward if log else softmax.softmax_backward)(y, g, dim), y)
 
     def cross_entropy_backward(
-        g: Tensor, x: Tensor, target: Tensor, w: Tensor | None, ignored: int, reduction: int, smoothing: float
+        g: Tensor,
+        x: Tensor,
+        target: Tensor,
+        w: Tensor | None,
+        ignored: int,
+        reduction: int,
+        smoothing: float,
+        z_loss: float,
     ) -> Tensor:
-        name = next(name for name, code in REDUCTIONS.items() if code == reduction)
-        (grad, *_) = cross_entropy_gradients(g, x, target, w, ignored, name, smoothing)
+        name = next(name for name, code in ROW_REDUCTIONS.items() if code == reduction)
+        (grad, *_) = cross_entropy_gradients(g, x, target, w, ignored, name, smoothing, z_loss)
         return grad
 
     _library = torch.library.Library("torchcalc_nodes", "FRAGMENT")

@@ -26,6 +26,9 @@ LONGEST = 4096
 TOGETHER = 1024
 
 
+BY_ROW = ("none", "wide")
+
+
 class Kept(NamedTuple):
     """What forward leaves for backward, besides its arguments."""
 
@@ -50,19 +53,22 @@ def takes(x: Tensor, target: Tensor, w: Tensor | None) -> bool:
 
 
 def cross_entropy(
-    x: Tensor, target: Tensor, w: Tensor | None, ignored: int, reduction: str, smoothing: float
+    x: Tensor, target: Tensor, w: Tensor | None, ignored: int, reduction: str, smoothing: float, z_loss: float = 0.0
 ) -> tuple[Tensor, Kept]:
-    """The loss in the dtype of x, and what backward needs. A target that is no class makes it NaN."""
+    """The loss in the dtype of x, and what backward needs. A target that is no class makes it NaN.
+
+    reduction: torch's, or "wide": each sample's loss, in the dtype that is computed in.
+    """
     rows = len(x)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     statistics = torch.empty((3, rows), dtype=wide, device=x.device)
     losses, shares, inverse = (torch.empty(n, dtype=wide, device=x.device) for n in (rows, rows, 1))
     kind = _kind(x, w, smoothing)
     tensors = [x, target, *([] if w is None else [w]), losses, shares, statistics]
-    _forward(*kind).launch(x.device, rows, tensors, _numbers(kind, x, (x,), ignored, smoothing))
-    if reduction == "none":
+    _forward(*kind).launch(x.device, rows, tensors, _numbers(kind, x, (x,), ignored, smoothing, z_loss))
+    if reduction in BY_ROW:
         inverse.fill_(1)
-        return losses.to(x.dtype), Kept(statistics, inverse)
+        return losses if reduction == "wide" else losses.to(x.dtype), Kept(statistics, inverse)
     out = torch.empty((), dtype=x.dtype, device=x.device)
     _sum(x.dtype).launch(x.device, 1, [losses, shares, out, inverse], (rows, int(reduction == "mean")))
     return out, Kept(statistics, inverse)
@@ -77,6 +83,7 @@ def cross_entropy_gradient(
     ignored: int,
     reduction: str,
     smoothing: float,
+    z_loss: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """∂L/∂x, times what comes in, which has the loss's shape. out: where to, x itself too."""
@@ -84,8 +91,8 @@ def cross_entropy_gradient(
     kind = _kind(x, w, smoothing, grad)
     tensors = [x, grad, target, *([] if w is None else [w]), *kept, g.to(kept.inverse.dtype).contiguous()]
     programs = len(x) * -(-x.shape[1] // kind.block)
-    numbers = _numbers(kind, x, (x, grad), ignored, smoothing)
-    _backward(*kind, reduction == "none").launch(x.device, programs, tensors, numbers)
+    numbers = _numbers(kind, x, (x, grad), ignored, smoothing, z_loss)
+    _backward(*kind, reduction in BY_ROW).launch(x.device, programs, tensors, numbers)
     return grad
 
 
@@ -106,11 +113,13 @@ def _kind(x: Tensor, w: Tensor | None, smoothing: float, *others: Tensor) -> Kin
     return Kind(block, x.dtype, even, x.shape[1] % 16 == 0, w is not None, smoothing != 0)
 
 
-def _numbers(kind: Kind, x: Tensor, strided: Sequence[Tensor], ignored: int, smoothing: float) -> tuple[float, ...]:
+def _numbers(
+    kind: Kind, x: Tensor, strided: Sequence[Tensor], ignored: int, smoothing: float, z_loss: float
+) -> tuple[float, ...]:
     """Sizes that are known to be multiples of 16 are given in sixteens: the compiler sees the product."""
     rows, classes = x.shape
     strides = [t.stride(0) // (16 if kind.even else 1) for t in strided]
-    return rows, classes // (16 if kind.whole else 1), *strides, ignored, 1 - smoothing, smoothing / classes
+    return rows, classes // (16 if kind.whole else 1), *strides, ignored, 1 - smoothing, smoothing / classes, z_loss
 
 
 _entered: set[Any] = set()
@@ -118,7 +127,7 @@ _entered: set[Any] = set()
 
 def enter(x: Tensor, target: Tensor, w: Tensor | None, ignored: int, reduction: str, smoothing: float) -> None:
     """Compile the kernels for such arguments, and tell the nodes, which launch them from then on."""
-    kind, by_row = _kind(x, w, smoothing), reduction == "none"
+    kind, by_row = _kind(x, w, smoothing), reduction in BY_ROW
     key = kind, by_row, x.device
     if key in _entered or gpu.capturing(x.device) or (nodes := pointwise.rows()) is None:
         return
@@ -141,7 +150,7 @@ def _arguments(kind: Kind, tensors: dict[str, str], strides: Sequence[str], type
     numbers = dict.fromkeys(("rows", "classes", *strides, "ignored"), "i64")
     sixteens = (["classes"] if kind.whole else []) + (list(strides) if kind.even else [])
     lines = "".join(f"\n    {x} = {x} * 16" for x in sixteens)
-    return tensors | numbers | {"hard": type_, "smooth": type_}, lines
+    return tensors | numbers | {"hard": type_, "smooth": type_, "z": type_}, lines
 
 
 def _q(weighted: bool, mask: str = "") -> str:
@@ -197,6 +206,8 @@ def _forward(block: int, dtype: torch.dtype, even: bool, whole: bool, weighted: 
     own = hard * share
     at_class = tl.load(x + y, mask=known, other=0.0).to(T)
     loss = log_s * total - d + tl.where(own == 0.0, 0.0, own * (log_s - (at_class - top)))
+    lse = top + log_s
+    loss += tl.where(z == 0.0, 0.0, z * lse * lse)
     loss = tl.where(known, loss, float("nan"))
     tl.store(losses + row, tl.where(counts, loss, 0.0))
     tl.store(shares + row, tl.where(counts, share, -1.0))
@@ -264,7 +275,8 @@ def _backward(
     log_s = tl.load(statistics + rows + row)
     share = tl.load(g{" + row" if by_row else ""}).to(T) * tl.load(inverse)
     own = tl.where(known, hard * {_of_class(weighted)}, float("nan"))
-    factor = share * (own{" + tl.load(statistics + 2 * rows + row)" if smoothed else ""})
+    more = tl.where(z == 0.0, 0.0, 2.0 * z * (top + log_s))
+    factor = share * (own{" + tl.load(statistics + 2 * rows + row)" if smoothed else ""} + more)
     if start + BLOCK <= classes:{block_of_row("", "", "")}
     else:
         there = o < classes{block_of_row(", mask=there", ', mask=there, other=float("-inf")', ", mask=there, other=0.0")}

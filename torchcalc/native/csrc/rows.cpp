@@ -49,6 +49,9 @@ struct Job {
     for (int64_t c = 0; c < r.classes; ++c) total += static_cast<double>(weight[c] * b);
   }
 
+  // The slope of z_loss·lse² where that of lse is p.
+  T z_slope(T m, T log_s) const { return rows->z_loss == 0 ? T(0) : static_cast<T>(2 * rows->z_loss) * (m + log_s); }
+
   T hard(int64_t y) const { return weight ? a * weight[y] : a; }
 };
 
@@ -153,6 +156,10 @@ TC_INLINE void finish(
     if (y >= 0 && job.hard(y) != T(0)) {
       loss += static_cast<double>(job.hard(y)) * (log - (static_cast<double>(at_class) - static_cast<double>(m)));
     }
+    if (job.rows->z_loss != 0) {
+      const double lse = static_cast<double>(m) + log;
+      loss += job.rows->z_loss * lse * lse;
+    }
   }
   job.losses[sample] = loss;
 }
@@ -222,7 +229,7 @@ struct Rowwise {
       const T m = statistics[sample], log_s = statistics[samples + sample];
       const T share = job.share ? job.share[sample] : job.scale;
       const T hard = y >= 0 ? job.hard(y) : T(0);
-      const T all = share * (hard + (given ? statistics[2 * samples + sample] : static_cast<T>(job.total)));
+      const T all = share * (hard + (given ? statistics[2 * samples + sample] : static_cast<T>(job.total)) + job.z_slope(m, log_s));
       for (int64_t at = 0, n; at < r.classes; at += n) {
         n = r.classes - at < chunk ? r.classes - at : chunk;
         const T* const x = widened(logits + offset + at, n, buffer);
@@ -319,7 +326,7 @@ struct Lanewise {
         const int64_t y = class_of(job, sample + i);
         share[i] = job.share ? job.share[sample + i] : job.scale;
         hard[i] = y >= 0 ? job.hard(y) : T(0);
-        all[i] = share[i] * (hard[i] + (t ? m[2 * samples + i] : static_cast<T>(job.total)));
+        all[i] = share[i] * (hard[i] + (t ? m[2 * samples + i] : static_cast<T>(job.total)) + job.z_slope(m[i], log_s[i]));
         hard[i] *= share[i];
         target[i] = t ? static_cast<T>(r.classes) : static_cast<T>(y);
       }

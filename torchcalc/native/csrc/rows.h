@@ -21,6 +21,7 @@ struct CrossEntropy {
   const char* probabilities = nullptr;  // as the logits, which lie alike
   const void* weight = nullptr;         // of each class, float or double as the logits are computed with; null: 1
   double smoothing = 0;
+  double z_loss = 0;  // times (log Σ e^x)² of each sample is added to its loss
   int64_t ignored = -100;
 
   void* statistics = nullptr;  // for each sample its largest logit m, and log Σ e^(x − m), computed as above; then Σ q

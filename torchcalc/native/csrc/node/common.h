@@ -25,7 +25,8 @@ using torchcalc::Number;
 
 const torchcalc::Table* table = nullptr;
 
-enum Reduction : int64_t { none = 0, mean = 1, sum = 2 };
+// wide: none, in the dtype that is computed in.
+enum Reduction : int64_t { none = 0, mean = 1, sum = 2, wide = 3 };
 
 bool number_of(at::ScalarType type, Number& number) {
   switch (type) {

@@ -654,12 +654,12 @@ PyObject* py_reduced(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// cross_entropy(input, target, weight or None, ignore_index, reduction, label_smoothing)
+// cross_entropy(input, target, weight or None, ignore_index, reduction, label_smoothing, z_loss)
 PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   c10::SmallVector<Tensor, max_inputs> x, weight;
-  if (count != 6 || is_observed() || !read_inputs(args, 1, x) || !THPVariable_CheckExact(args[1]) ||
-      !(args[2] == Py_None || read_inputs(args + 2, 1, weight)) || !PyLong_Check(args[3]) || !PyFloat_Check(args[5])) {
+  if (count != 7 || is_observed() || !read_inputs(args, 1, x) || !THPVariable_CheckExact(args[1]) ||
+      !(args[2] == Py_None || read_inputs(args + 2, 1, weight)) || !PyLong_Check(args[3]) || !PyFloat_Check(args[5]) || !PyFloat_Check(args[6])) {
     Py_RETURN_NONE;
   }
   const Tensor& target = THPVariable_Unpack(args[1]);
@@ -667,6 +667,7 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   ways.ignored = PyLong_AsLongLong(args[3]);
   ways.reduction = static_cast<Reduction>(PyLong_AsLongLong(args[4]));
   ways.smoothing = PyFloat_AsDouble(args[5]);
+  ways.z_loss = PyFloat_AsDouble(args[6]);
   if (PyErr_Occurred()) throw python_error();
   std::optional<Tensor> loss;
   {
@@ -677,12 +678,12 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// cross_entropy_in_place(logits, target, weight or None, ignore_index, label_smoothing, share or None) -> losses
+// cross_entropy_in_place(logits, target, weight or None, ignore_index, label_smoothing, z_loss, share or None) -> losses
 PyObject* py_cross_entropy_in_place(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   c10::SmallVector<Tensor, max_inputs> x, weight, share;
-  if (count != 6 || is_observed() || !read_inputs(args, 1, x) || !THPVariable_CheckExact(args[1]) ||
-      !(args[2] == Py_None || read_inputs(args + 2, 1, weight)) || !(args[5] == Py_None || read_inputs(args + 5, 1, share))) {
+  if (count != 7 || is_observed() || !read_inputs(args, 1, x) || !THPVariable_CheckExact(args[1]) ||
+      !(args[2] == Py_None || read_inputs(args + 2, 1, weight)) || !(args[6] == Py_None || read_inputs(args + 6, 1, share))) {
     Py_RETURN_NONE;
   }
   const Tensor& target = THPVariable_Unpack(args[1]);
@@ -690,6 +691,7 @@ PyObject* py_cross_entropy_in_place(PyObject*, PyObject* const* args, Py_ssize_t
   ways.ignored = PyLong_AsLongLong(args[3]);
   ways.reduction = none;
   ways.smoothing = PyFloat_AsDouble(args[4]);
+  ways.z_loss = PyFloat_AsDouble(args[5]);
   if (PyErr_Occurred()) throw python_error();
   std::optional<Tensor> losses;
   {
@@ -858,5 +860,5 @@ TORCH_LIBRARY(torchcalc_nodes, m) {
   m.def("softmax_backward(Tensor grad, Tensor output, int dim, bool log) -> Tensor");
   m.def(
       "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, int ignored, int reduction, "
-      "float smoothing) -> Tensor");
+      "float smoothing, float z_loss) -> Tensor");
 }

@@ -22,7 +22,9 @@ using torchcalc::CrossEntropy;
 struct Ways {
   int64_t ignored = -100;
   Reduction reduction = mean;
-  double smoothing = 0;
+  double smoothing = 0, z_loss = 0;
+
+  bool by_row() const { return reduction == none || reduction == wide; }
 };
 
 at::ScalarType computed(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
@@ -73,6 +75,7 @@ struct Arrays {
     }
     if (weight.defined()) rows.weight = weight.const_data_ptr();
     rows.smoothing = ways.smoothing;
+    rows.z_loss = ways.z_loss;
     rows.ignored = ways.ignored;
   }
 
@@ -132,7 +135,7 @@ struct CrossEntropyBackward : public KernelNode {
           c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::cross_entropy_backward", "");
       torch::jit::Stack stack{
           g, x, target, has_weight ? std::optional<Tensor>(weight) : std::nullopt, ways.ignored,
-          static_cast<int64_t>(ways.reduction), ways.smoothing};
+          static_cast<int64_t>(ways.reduction), ways.smoothing, ways.z_loss};
       operation.callBoxed(&stack);
       return {stack.at(0).toTensor()};
     }
@@ -141,7 +144,7 @@ struct CrossEntropyBackward : public KernelNode {
     Tensor grad = at::detail::empty_strided_cpu(arrays.x.sizes(), arrays.x.strides(), x.scalar_type());
     Tensor share;
     double scale = 1 / divisor;
-    if (ways.reduction == none) {
+    if (ways.by_row()) {
       share = g.to(statistics.scalar_type()).contiguous();
     } else {
       scale *= g.item<double>();
@@ -156,7 +159,7 @@ struct CrossEntropyBackward : public KernelNode {
 bool takes(const Tensor& x, const Tensor& target, const Tensor& weight, const Ways& ways) {
   if (!x.device().is_cpu() || x.dim() == 0 || x.numel() == 0 || !target.device().is_cpu() || !is_array(target)) return false;
   const int64_t classes = x.size(x.dim() == 1 ? 0 : 1);
-  if (!(ways.smoothing >= 0 && ways.smoothing <= 1) || (ways.reduction != none && ways.reduction != mean && ways.reduction != sum)) {
+  if (!(ways.smoothing >= 0 && ways.smoothing <= 1) || ways.reduction < none || ways.reduction > wide) {
     return false;
   }
   if (weight.defined() && (weight.dim() != 1 || weight.size(0) != classes || weight.scalar_type() != x.scalar_type() || weight.requires_grad())) {
@@ -193,8 +196,8 @@ std::optional<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const
     const Tensor losses = at::detail::empty_cpu(size, at::kDouble);
     double* const each = losses.mutable_data_ptr<double>();
     if (!table->rows->cross_entropy(arrays.rows, each)) return std::nullopt;
-    if (ways.reduction == none) {
-      out = losses.to(x.scalar_type());
+    if (ways.by_row()) {
+      out = losses.to(ways.reduction == wide ? computed(x.scalar_type()) : x.scalar_type());
     } else {
       double total = 0;
       for (int64_t i = 0; i < samples; ++i) total += each[i];

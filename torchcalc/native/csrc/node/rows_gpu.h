@@ -60,7 +60,7 @@ struct GpuRows {
     if (!torchcalc::Gpu::instance().is_ready() || !torchcalc::Gpu::is_current(x)) return std::nullopt;
     const int device = x.device().index();
     return AllRowKernels::instance().find(
-        {x.scalar_type(), device, block, even, whole, weighted, ways.smoothing != 0, ways.reduction == none});
+        {x.scalar_type(), device, block, even, whole, weighted, ways.smoothing != 0, ways.by_row()});
   }
 
   // Sizes that are known to be multiples of 16 are given in sixteens.
@@ -78,7 +78,7 @@ struct GpuRows {
  private:
   void add_ways(torchcalc::Arguments& arguments, const Ways& ways) const {
     arguments.add(ways.ignored);
-    for (const double p : {1 - ways.smoothing, ways.smoothing / static_cast<double>(classes)}) {
+    for (const double p : {1 - ways.smoothing, ways.smoothing / static_cast<double>(classes), ways.z_loss}) {
       x.scalar_type() == at::kDouble ? arguments.add(p) : arguments.add(static_cast<float>(p));
     }
   }
@@ -86,7 +86,7 @@ struct GpuRows {
 
 bool gpu_takes(const Tensor& x, const Tensor& target, const Tensor& weight, const Ways& ways) {
   if (x.dim() != 2 || x.numel() == 0 || x.stride(1) != 1 || !(ways.smoothing >= 0 && ways.smoothing <= 1)) return false;
-  if (ways.reduction != none && ways.reduction != mean && ways.reduction != sum) return false;
+  if (ways.reduction < none || ways.reduction > wide) return false;
   if (!is_array(target) || target.scalar_type() != at::kLong || target.device() != x.device() || target.dim() != 1 ||
       target.size(0) != x.size(0) || !target.is_contiguous()) {
     return false;
@@ -104,9 +104,9 @@ std::optional<Tensor> gpu_cross_entropy(
   const GpuRows rows(x);
   const auto kernels = rows.kernels(weight.defined(), ways);
   if (!kernels) return std::nullopt;
-  const at::ScalarType wide = computed(x.scalar_type());
+  const at::ScalarType wide_type = computed(x.scalar_type());
   const int64_t n = rows.rows;
-  kept = at::empty({5 * n + 1}, x.options().dtype(wide));
+  kept = at::empty({5 * n + 1}, x.options().dtype(wide_type));
   char* const base = static_cast<char*>(kept.mutable_data_ptr());
   const auto part = [&](int64_t k) { return static_cast<void*>(base + k * n * static_cast<int64_t>(kept.element_size())); };
   torchcalc::Gpu& gpu = torchcalc::Gpu::instance();
@@ -119,9 +119,9 @@ std::optional<Tensor> gpu_cross_entropy(
   rows.add_forward(forward, ways);
   gpu.launch(kernels->forward, n, forward);
 
-  if (ways.reduction == none) {
+  if (ways.by_row()) {
     kept.narrow(0, 5 * n, 1).fill_(1);
-    return kept.narrow(0, 3 * n, n).to(x.scalar_type(), false, /*copy=*/true);
+    return kept.narrow(0, 3 * n, n).to(ways.reduction == wide ? wide_type : x.scalar_type(), false, /*copy=*/true);
   }
   Tensor loss = at::empty({}, x.options());
   torchcalc::Arguments sum;
