@@ -186,6 +186,90 @@ def along(name: str, variant: str = "", **options: object) -> Row:
     )
 
 
+def norm(name: str, variant: str, shape: tuple[int, ...], eps: float | None) -> Row:
+    """A norm over the last dimensions; layer_norm has a bias. torch computes both gradients of a composed norm in 16 bits."""
+    count = 2 if name == "rms_norm" else 3
+
+    def parameters(shape: tuple[int, ...]) -> Inputs:
+        return tuple(normal(*shape, seed=k) for k in range(1, count))
+
+    def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, *parameters: f(x, x.shape[x.dim() - len(shape) :], *parameters, eps=eps)
+
+    def special() -> Inputs:
+        rows = [line(1), line(1).nan_to_num(0, 1e4, -inf), line(1).clamp(-1e4, 1e4).nan_to_num(0), line(1) * 0]
+        x = torch.stack(rows)[(slice(None), *[None] * (len(shape) - 1))]
+        return x, *parameters(tuple(x.shape[x.dim() - len(shape) :]))
+
+    edges = [lambda lead=lead: (normal(*lead, *shape), *parameters(shape)) for lead in ((), (0,), (2, 1, 3), (1, 1))]
+    edges += [lambda: (normal(2, *shape), *[None] * (count - 1))]
+    edges += [lambda: (normal(2, *shape[:-1], 0), *parameters((*shape[:-1], 0)))]
+    if name == "rms_norm":
+        edges += [lambda: tuple(torch.complex(normal(*s), normal(*s, seed=3)) for s in ((2, *shape), shape))]
+    else:
+        edges += [lambda: (normal(2, *shape), parameters(shape)[0], None), lambda: (normal(2, *shape), None, normal(*shape))]
+    return Row(
+        f"{name}{variant}",
+        call(getattr(ours, name)),
+        call(getattr(torch.nn.functional, name)),
+        inputs=lambda: (normal(3, *shape), *parameters(shape)),
+        grads=tuple(range(count)),
+        edges=tuple(edges),
+        special=special,
+        inductor=not variant,
+    )
+
+
+def group_norm(variant: str, groups: int) -> Row:
+    def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, w, b: f(x, groups, w, b, eps=1e-3)
+
+    def parameters() -> Inputs:
+        return normal(4, seed=1), normal(4, seed=2)
+
+    return Row(
+        f"group_norm{variant}",
+        call(ours.group_norm),
+        call(torch.nn.functional.group_norm),
+        inputs=lambda: (normal(2, 4, 3), *parameters()),
+        grads=(0, 1, 2),
+        edges=(
+            lambda: (normal(2, 4), *parameters()),
+            lambda: (normal(0, 4, 2), *parameters()),
+            lambda: (normal(1, 4, 2, 1, 3), *parameters()),
+            lambda: (normal(2, 4, 2, 3), None, None),
+            lambda: (normal(2, 4, 2, 3).to(memory_format=torch.channels_last), normal(4, seed=1), None),
+            lambda: (normal(2, 4, 2, 3), None, normal(4, seed=1)),
+        ),
+        special=lambda: (torch.stack([line(1)[:12], line(1)[3:].clamp(-1e4, 1e4)]).view(2, 4, 3), *parameters()),
+        inductor=groups == 2,
+    )
+
+
+def add_rms_norm() -> Row:
+    """Both results, one beside the other; in 16 bits torch's sum is rounded as ours is."""
+
+    def stock(x: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+        s = x + a
+        return torch.stack([torch.nn.functional.rms_norm(s, s.shape[-1:], w, 1e-3), s])
+
+    return Row(
+        "add_rms_norm",
+        lambda x, a, w: torch.stack(ours.add_rms_norm(x, a, (x + a).shape[-1:], w, 1e-3)),
+        stock,
+        inputs=lambda: (normal(3, 4), normal(3, 4, seed=1), normal(4, seed=2)),
+        grads=(0, 1, 2),
+        edges=(
+            lambda: (normal(4), normal(4, seed=1), None),
+            lambda: (normal(0, 4), normal(0, 4, seed=1), normal(4, seed=2)),
+            lambda: (normal(2, 3, 4), normal(2, 3, 4, seed=1), normal(4, seed=2)),
+            lambda: (normal(3, 4), normal(4, seed=1), normal(4, seed=2)),
+        ),
+        special=lambda: (torch.stack([line(1), line(1) * 0]), torch.stack([line(1).roll(7), line(1)]), normal(15)),
+        inductor=True,
+    )
+
+
 LAYERS = [
     Row(
         "linear",
@@ -209,6 +293,10 @@ LAYERS = [
         special=lambda: (torch.stack([line(1), line(1).nan_to_num(0, 1, 2)]), normal(2, 15), normal(2)),
         inductor=True,
     ),
+    *(norm("rms_norm", v, shape, eps=eps) for v, shape, eps in (("", (4,), None), (" two dimensions", (3, 4), 0.1))),
+    *(norm("layer_norm", v, shape, eps=eps) for v, shape, eps in (("", (4,), 1e-5), (" two dimensions", (3, 4), 0.1))),
+    *(group_norm(f" {groups}", groups) for groups in (1, 2, 4)),
+    add_rms_norm(),
     along("softmax", dim=1),
     along("softmax", " first", dim=0),
     along("softmax", " dtype", dim=-1, dtype=torch.float64),

@@ -1,5 +1,5 @@
 """The library of autograd nodes, called from Python: a formula's value, with a backward that calls its other kernels; and
-cross-entropy and softmax, likewise.
+cross-entropy, softmax and norms, likewise.
 
 Each function returns None for what it does not take: then nothing was computed. See ``csrc/node/node.cpp``.
 """
@@ -44,8 +44,9 @@ def index(formula: Formula) -> int:
 
 
 def rows() -> Any:
-    """The module with cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing) and softmax(input, dim,
-    log); None where it is not there."""
+    """The module with cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing), softmax(input, dim, log),
+    rms_norm(input, residual, weight, dims, eps) and norm(input, weight, bias, dims, groups, eps); None where it is not
+    there."""
     return _nodes if _connect() else None
 
 
@@ -80,9 +81,9 @@ _library: Any = None
 def _register_second_derivatives() -> None:
     global _library
     from torchcalc.formula.pointwise import FORMULAS, gradients
-    from torchcalc.layers import softmax
+    from torchcalc.layers import group_norm, layer_norm, rms_norm, softmax
     from torchcalc.losses.cross_entropy import gradients as cross_entropy_gradients
-    from torchcalc.promotion import like
+    from torchcalc.promotion import like, widen
 
     def differentiable_backward(
         name: str, g: Tensor, saved: Sequence[Tensor | None], numbers: Sequence[float], needed: Sequence[bool]
@@ -103,7 +104,53 @@ def _register_second_derivatives() -> None:
         (grad, *_) = cross_entropy_gradients(g, x, target, w, ignored, name, smoothing)
         return grad
 
+    def rms_norm_backward(
+        g: Tensor,
+        added: Tensor | None,
+        x: Tensor,
+        r: Tensor,
+        w: Tensor | None,
+        dims: int,
+        eps: float,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        if torch.is_grad_enabled():
+            r = rms_norm.rstd(widen(x), dims, eps)
+        grad_x, grad_w = rms_norm.gradients(g, None, x, w, r, dims, needed)
+        if grad_x is not None:
+            grad_x = like(grad_x if added is None else grad_x + added, x)
+        return [grad for grad in (grad_x, grad_w) if grad is not None]
+
+    def norm_backward(
+        g: Tensor,
+        x: Tensor,
+        m: Tensor,
+        r: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
+        dims: int,
+        groups: int,
+        eps: float,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        v = widen(x)
+        if groups:
+            if torch.is_grad_enabled():
+                m, r = (a.squeeze(2) for a in layer_norm.statistics(group_norm.in_groups(v, groups), [2], eps))
+            grads = group_norm.gradients(g, None, None, x, m, r, w, b, groups, needed)
+        else:
+            if torch.is_grad_enabled():
+                m, r = layer_norm.statistics(v, rms_norm.of_rows(x, dims), eps)
+            grads = layer_norm.gradients(g, None, None, x, m, r, w, b, dims, needed)
+        return [grad for grad in grads if grad is not None]
+
     _library = torch.library.Library("torchcalc_nodes", "FRAGMENT")
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Batched"):  # vmap's two kinds too
-        for backward in (differentiable_backward, softmax_backward, cross_entropy_backward):
+        for backward in (
+            differentiable_backward,
+            softmax_backward,
+            cross_entropy_backward,
+            rms_norm_backward,
+            norm_backward,
+        ):
             _library.impl(backward.__name__, backward, key)

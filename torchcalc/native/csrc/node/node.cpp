@@ -20,6 +20,7 @@
 
 #include "common.h"
 #include "gpu.h"
+#include "norms.h"
 #include "rows.h"
 
 namespace {
@@ -716,6 +717,54 @@ PyObject* py_softmax(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// Tensors or None, each plain.
+bool read_optional(PyObject* const* args, Py_ssize_t count, Tensor* to) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    c10::SmallVector<Tensor, max_inputs> read;
+    if (args[i] == Py_None) continue;
+    if (!read_inputs(args + i, 1, read)) return false;
+    to[i] = read[0];
+  }
+  return true;
+}
+
+// rms_norm(input, residual or None, weight or None, dims, eps) -> y; with a residual (y, input + residual)
+PyObject* py_rms_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor given[3];
+  if (count != 5 || is_observed() || !read_optional(args, 3, given) || !given[0].defined()) Py_RETURN_NONE;
+  const int64_t dims = PyLong_AsLongLong(args[3]);
+  const double eps = PyFloat_AsDouble(args[4]);
+  if (PyErr_Occurred()) throw python_error();
+  std::pair<Tensor, Tensor> found;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    found = rms_norm(given[0], given[1], given[2], dims, eps);
+  }
+  auto& [y, sum] = found;
+  if (!y.defined()) Py_RETURN_NONE;
+  if (!sum.defined()) return THPVariable_Wrap(std::move(y));
+  return pybind11::make_tuple(std::move(y), std::move(sum)).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+// norm(input, weight or None, bias or None, dims, groups, eps): layer_norm, or group_norm if there are groups
+PyObject* py_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor given[3];
+  if (count != 6 || is_observed() || !read_optional(args, 3, given) || !given[0].defined()) Py_RETURN_NONE;
+  const int64_t dims = PyLong_AsLongLong(args[3]), groups = PyLong_AsLongLong(args[4]);
+  const double eps = PyFloat_AsDouble(args[5]);
+  if (PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = norm(given[0], given[1], given[2], dims, groups, eps);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 // saved(grad_fn) -> what it keeps for backward, as torch's SavedTensor; None if it is not one of these nodes.
 PyObject* py_saved(PyObject*, PyObject* object) {
   HANDLE_TH_ERRORS
@@ -781,6 +830,8 @@ PyMethodDef methods[] = {
     {"cross_entropy", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_cross_entropy)), METH_FASTCALL, nullptr},
     {"cross_entropy_in_place", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_cross_entropy_in_place)), METH_FASTCALL, nullptr},
     {"softmax", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_softmax)), METH_FASTCALL, nullptr},
+    {"rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_rms_norm)), METH_FASTCALL, nullptr},
+    {"norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_norm)), METH_FASTCALL, nullptr},
     {"saved", py_saved, METH_O, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},
     {"connect", py_connect, METH_O, nullptr},
@@ -795,6 +846,12 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit_torchcalc_nod
 TORCH_LIBRARY(torchcalc_nodes, m) {
   m.def("differentiable_backward(str formula, Tensor grad, Tensor?[] saved, float[] numbers, bool[] needed) -> Tensor[]");
   m.def("softmax_backward(Tensor grad, Tensor output, int dim, bool log) -> Tensor");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor? added, Tensor input, Tensor rstd, Tensor? weight, int dims, float eps, "
+      "bool[] needed) -> Tensor[]");
+  m.def(
+      "norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int dims, int groups, "
+      "float eps, bool[] needed) -> Tensor[]");
   m.def(
       "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, int ignored, int reduction, "
       "float smoothing) -> Tensor");

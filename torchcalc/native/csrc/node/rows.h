@@ -25,8 +25,6 @@ struct Ways {
   double smoothing = 0;
 };
 
-at::ScalarType computed(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
-
 // The logits as (outer, classes, inner); false where they have to be made contiguous first.
 bool lay_out(const Tensor& x, CrossEntropy& rows) {
   const int64_t axis = x.dim() == 1 ? 0 : 1;
