@@ -87,6 +87,13 @@ def add_rms_norm(
     >>> add_rms_norm(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 0.0]), [2])
     (tensor([0.8485, 1.1314]), tensor([3., 4.]))
     """
+    if not torch.compiler.is_compiling():
+        if (rows := kernels.rows()) is None:
+            native.warn_once((input, residual), nodes=True)
+        else:
+            found: tuple[Tensor, Tensor] | None = rows.rms_norm(input, residual, weight, normalized_shape, eps)
+            if found is not None:
+                return found
     if (
         input.shape != residual.shape
         or input.dtype != residual.dtype
@@ -95,13 +102,6 @@ def add_rms_norm(
     ):
         s = input + residual
         return rms_norm(s, normalized_shape, weight, eps), s
-    dims, eps = len(normalized_shape), epsilon(input) if eps is None else eps
-    if not torch.compiler.is_compiling():
-        if (rows := kernels.rows()) is None:
-            native.warn_once((input, residual), nodes=True)
-        else:
-            found: tuple[Tensor, Tensor] | None = rows.rms_norm(input, residual, weight, dims, eps)
-            if found is not None:
-                return found
-    y, s, _ = AddRMSNormFunction.apply(input, residual, weight, dims, eps)
+    eps = epsilon(input) if eps is None else eps
+    y, s, _ = AddRMSNormFunction.apply(input, residual, weight, len(normalized_shape), eps)
     return y, s

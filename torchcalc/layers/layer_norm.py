@@ -52,8 +52,8 @@ __all__ = ["LayerNorm", "layer_norm"]
 
 def statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
     """μ and r of each row."""
-    var, m = torch.var_mean(x, dims, correction=0, keepdim=True)
-    return m, torch.rsqrt(var + eps)
+    m = x.mean(dims, keepdim=True)
+    return m, torch.rsqrt((x - m).square().mean(dims, keepdim=True) + eps)
 
 
 def normalized_gradient(
@@ -107,11 +107,13 @@ class LayerNormFunction(Function):
     def forward(
         x: Tensor, w: Tensor | None, b: Tensor | None, dims: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shape = x.shape[x.dim() - dims :]
         if not x.is_cpu:
-            return torch.native_layer_norm(x, shape, w, b, eps)
-        y, m, r = torch.native_layer_norm(widen(x), shape, *_beside(x, w, b), eps)
-        return like(y, x), m, r
+            return torch.native_layer_norm(x, x.shape[x.dim() - dims :], w, b, eps)
+        v = widen(x)
+        m, r = statistics(v, of_rows(x, dims), eps)
+        y = (v - m) * r
+        y = y if w is None else y * w
+        return like(y if b is None else y + b, x), m, r
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -134,9 +136,10 @@ class LayerNormFunction(Function):
         return like(dy if db is None else dy + db, x), dm, dr  # (7)
 
 
-def _beside(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    """Weight and bias in float32 beside 16 bits; beside others as they are, for torch to refuse what does not fit."""
-    return [widen(p) if widen(x) is not x else p for p in parameters]
+def beside(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether weight and bias have a dtype that is taken beside x: its own, or on CPU float32 beside 16 bits."""
+    dtypes = {p.dtype for p in parameters if p is not None}
+    return dtypes <= {x.dtype} or (x.is_cpu and dtypes == {widen(x).dtype})
 
 
 @leaf
@@ -167,18 +170,17 @@ def layer_norm(
     >>> layer_norm(torch.tensor([1.0, 2.0, 3.0, 2.0]), [4])
     tensor([-1.4142,  0.0000,  1.4142,  0.0000])
     """
-    if not fits(input, normalized_shape, weight, bias) or input.is_complex():
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    x, w, b = autocasted(input, weight, bias)
-    dims = len(normalized_shape)
     if not torch.compiler.is_compiling():
         if (rows := kernels.rows()) is None:
-            native.warn_once((x,), nodes=True)
+            native.warn_once((input,), nodes=True)
         else:
-            found: Tensor | None = rows.norm(x, w, b, dims, 0, eps)
+            found: Tensor | None = rows.layer_norm(input, weight, bias, normalized_shape, eps)
             if found is not None:
                 return found
-    y, _, _ = LayerNormFunction.apply(x, w, b, dims, eps)
+    x, w, b = autocasted(input, weight, bias)
+    if not fits(input, normalized_shape, weight, bias) or input.is_complex() or not beside(x, w, b):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    y, _, _ = LayerNormFunction.apply(x, w, b, len(normalized_shape), eps)
     return y
 
 

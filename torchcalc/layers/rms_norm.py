@@ -25,7 +25,7 @@ is (1), by which second derivatives find their way without anything being comput
 
 float16 and bfloat16 are computed in float32 and rounded once, after the product with w; many models round x̂ first and lose
 a bit. Squares of float16 do not overflow so. torch composes rms_norm on CPU of five operations; the kernel there,
-native/csrc/rms_norm.cpp, reads a row once forward, and x and g once backward.
+native/csrc/norms.cpp, reads a row once forward, and x and g once backward.
 
 Reference: Zhang and Sennrich 2019, arXiv:1910.07467.
 """
@@ -158,18 +158,17 @@ def rms_norm(
     >>> rms_norm(torch.tensor([3.0, 4.0, 0.0, 0.0]), [4])
     tensor([1.2000, 1.6000, 0.0000, 0.0000])
     """
+    if not torch.compiler.is_compiling():
+        if (rows := kernels.rows()) is None:
+            native.warn_once((input,), nodes=True)
+        else:
+            found: Tensor | None = rows.rms_norm(input, None, weight, normalized_shape, eps)
+            if found is not None:
+                return found
     if not fits(input, normalized_shape, weight):
         return F.rms_norm(input, normalized_shape, weight, eps)
     x, w = autocasted(input, weight)
-    dims, eps = len(normalized_shape), epsilon(x) if eps is None else eps
-    if not torch.compiler.is_compiling():
-        if (rows := kernels.rows()) is None:
-            native.warn_once((x,), nodes=True)
-        else:
-            found: Tensor | None = rows.rms_norm(x, None, w, dims, eps)
-            if found is not None:
-                return found
-    y, _ = RMSNormFunction.apply(x, w, dims, eps)
+    y, _ = RMSNormFunction.apply(x, w, len(normalized_shape), epsilon(x) if eps is None else eps)
     return y
 
 

@@ -44,9 +44,12 @@ def index(formula: Formula) -> int:
 
 
 def rows() -> Any:
-    """The module with cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing), softmax(input, dim, log),
-    rms_norm(input, residual, weight, dims, eps) and norm(input, weight, bias, dims, groups, eps); None where it is not
-    there."""
+    """The module with functions of rows; None where it is not there.
+
+    cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing), softmax(input, dim, log),
+    rms_norm(input, residual, weight, normalized_shape, eps), layer_norm(input, weight, bias, normalized_shape, eps),
+    group_norm(input, weight, bias, num_groups, eps).
+    """
     return _nodes if _connect() else None
 
 
@@ -85,6 +88,9 @@ def _register_second_derivatives() -> None:
     from torchcalc.losses.cross_entropy import gradients as cross_entropy_gradients
     from torchcalc.promotion import like, widen
 
+    def given(grads: Sequence[Tensor | None]) -> list[Tensor]:
+        return [grad for grad in grads if grad is not None]
+
     def differentiable_backward(
         name: str, g: Tensor, saved: Sequence[Tensor | None], numbers: Sequence[float], needed: Sequence[bool]
     ) -> list[Tensor]:
@@ -92,7 +98,7 @@ def _register_second_derivatives() -> None:
         known = dict(zip((*formula.inputs, *formula.parameters), (*saved[:-1], *numbers), strict=True)) | {
             "y": saved[-1]
         }
-        return [grad for grad in gradients(formula, g, known, needed) if grad is not None]
+        return given(gradients(formula, g, known, needed))
 
     def softmax_backward(g: Tensor, y: Tensor, dim: int, log: bool) -> Tensor:
         return like((softmax.log_softmax_backward if log else softmax.softmax_backward)(y, g, dim), y)
@@ -119,9 +125,9 @@ def _register_second_derivatives() -> None:
         grad_x, grad_w = rms_norm.gradients(g, None, x, w, r, dims, needed)
         if grad_x is not None:
             grad_x = like(grad_x if added is None else grad_x + added, x)
-        return [grad for grad in (grad_x, grad_w) if grad is not None]
+        return given((grad_x, grad_w))
 
-    def norm_backward(
+    def layer_norm_backward(
         g: Tensor,
         x: Tensor,
         m: Tensor,
@@ -129,20 +135,27 @@ def _register_second_derivatives() -> None:
         w: Tensor | None,
         b: Tensor | None,
         dims: int,
+        eps: float,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        if torch.is_grad_enabled():
+            m, r = layer_norm.statistics(widen(x), rms_norm.of_rows(x, dims), eps)
+        return given(layer_norm.gradients(g, None, None, x, m, r, w, b, dims, needed))
+
+    def group_norm_backward(
+        g: Tensor,
+        x: Tensor,
+        m: Tensor,
+        r: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
         groups: int,
         eps: float,
         needed: Sequence[bool],
     ) -> list[Tensor]:
-        v = widen(x)
-        if groups:
-            if torch.is_grad_enabled():
-                m, r = (a.squeeze(2) for a in layer_norm.statistics(group_norm.in_groups(v, groups), [2], eps))
-            grads = group_norm.gradients(g, None, None, x, m, r, w, b, groups, needed)
-        else:
-            if torch.is_grad_enabled():
-                m, r = layer_norm.statistics(v, rms_norm.of_rows(x, dims), eps)
-            grads = layer_norm.gradients(g, None, None, x, m, r, w, b, dims, needed)
-        return [grad for grad in grads if grad is not None]
+        if torch.is_grad_enabled():
+            m, r = group_norm.statistics(x, groups, eps)
+        return given(group_norm.gradients(g, None, None, x, m, r, w, b, groups, needed))
 
     _library = torch.library.Library("torchcalc_nodes", "FRAGMENT")
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Batched"):  # vmap's two kinds too
@@ -151,6 +164,7 @@ def _register_second_derivatives() -> None:
             softmax_backward,
             cross_entropy_backward,
             rms_norm_backward,
-            norm_backward,
+            layer_norm_backward,
+            group_norm_backward,
         ):
             _library.impl(backward.__name__, backward, key)
