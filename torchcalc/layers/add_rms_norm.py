@@ -87,6 +87,9 @@ def add_rms_norm(
     >>> add_rms_norm(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 0.0]), [2])
     (tensor([0.8485, 1.1314]), tensor([3., 4.]))
     """
+    if autocasts_to_float32(input):
+        s = input + residual
+        return rms_norm(s, normalized_shape, weight, eps), s
     if not torch.compiler.is_compiling():
         if (rows := kernels.rows()) is None:
             native.warn_once((input, residual), nodes=True)
@@ -94,12 +97,8 @@ def add_rms_norm(
             found: tuple[Tensor, Tensor] | None = rows.rms_norm(input, residual, weight, normalized_shape, eps)
             if found is not None:
                 return found
-    if (
-        input.shape != residual.shape
-        or input.dtype != residual.dtype
-        or autocasts_to_float32(input)
-        or not fits(input, normalized_shape, weight)
-    ):
+    alike = input.shape == residual.shape and input.dtype == residual.dtype
+    if not alike or not fits(input, normalized_shape, weight):
         s = input + residual
         return rms_norm(s, normalized_shape, weight, eps), s
     eps = epsilon(input) if eps is None else eps

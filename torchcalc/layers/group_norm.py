@@ -139,15 +139,15 @@ def group_norm(
     >>> group_norm(torch.tensor([[1.0, 3.0, 5.0, 9.0]]), 2)
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
+    x, w, b = autocasted(input, weight, bias)
     if not torch.compiler.is_compiling():
         if (rows := kernels.rows()) is None:
-            native.warn_once((input,), nodes=True)
+            native.warn_once((x,), nodes=True)
         else:
-            found: Tensor | None = rows.group_norm(input, weight, bias, num_groups, eps)
+            found: Tensor | None = rows.group_norm(x, w, b, num_groups, eps)
             if found is not None:
                 return found
-    x, w, b = autocasted(input, weight, bias)
-    if not fits(input, num_groups, weight, bias) or not beside(x, w, b):
+    if x is None or not fits(x, num_groups, w, b) or not beside(x, w, b):
         return F.group_norm(input, num_groups, weight, bias, eps)
     y, _, _ = GroupNormFunction.apply(x, w, b, num_groups, eps)
     return y

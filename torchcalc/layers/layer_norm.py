@@ -170,15 +170,15 @@ def layer_norm(
     >>> layer_norm(torch.tensor([1.0, 2.0, 3.0, 2.0]), [4])
     tensor([-1.4142,  0.0000,  1.4142,  0.0000])
     """
+    x, w, b = autocasted(input, weight, bias)
     if not torch.compiler.is_compiling():
         if (rows := kernels.rows()) is None:
-            native.warn_once((input,), nodes=True)
+            native.warn_once((x,), nodes=True)
         else:
-            found: Tensor | None = rows.layer_norm(input, weight, bias, normalized_shape, eps)
+            found: Tensor | None = rows.layer_norm(x, w, b, normalized_shape, eps)
             if found is not None:
                 return found
-    x, w, b = autocasted(input, weight, bias)
-    if not fits(input, normalized_shape, weight, bias) or input.is_complex() or not beside(x, w, b):
+    if x is None or not fits(x, normalized_shape, w, b) or x.is_complex() or not beside(x, w, b):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     y, _, _ = LayerNormFunction.apply(x, w, b, len(normalized_shape), eps)
     return y

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled
 
 from torchcalc import native
 from torchcalc.autograd import Function
@@ -130,9 +131,11 @@ def fits(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
     )
 
 
-def autocasted(*tensors: Any) -> list[Any]:
+def autocasted(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """In float32 where torch.autocast takes norms to it: on every device but the CPU."""
-    return [x.float() if isinstance(x, Tensor) and autocasts_to_float32(x) else x for x in tensors]
+    if not _is_any_autocast_enabled():
+        return tensors
+    return tuple(x.float() if isinstance(x, Tensor) and autocasts_to_float32(x) else x for x in tensors)
 
 
 @leaf
@@ -158,16 +161,16 @@ def rms_norm(
     >>> rms_norm(torch.tensor([3.0, 4.0, 0.0, 0.0]), [4])
     tensor([1.2000, 1.6000, 0.0000, 0.0000])
     """
+    x, w = autocasted(input, weight)
     if not torch.compiler.is_compiling():
         if (rows := kernels.rows()) is None:
-            native.warn_once((input,), nodes=True)
+            native.warn_once((x,), nodes=True)
         else:
-            found: Tensor | None = rows.rms_norm(input, None, weight, normalized_shape, eps)
+            found: Tensor | None = rows.rms_norm(x, None, w, normalized_shape, eps)
             if found is not None:
                 return found
-    if not fits(input, normalized_shape, weight):
+    if x is None or not fits(x, normalized_shape, w):
         return F.rms_norm(input, normalized_shape, weight, eps)
-    x, w = autocasted(input, weight)
     y, _ = RMSNormFunction.apply(x, w, len(normalized_shape), epsilon(x) if eps is None else eps)
     return y
 

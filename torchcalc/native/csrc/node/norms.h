@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/_fused_rms_norm.h>
 #include <ATen/ops/_fused_rms_norm_backward.h>
 #include <ATen/ops/add.h>
@@ -27,9 +26,6 @@ bool goes_with(const Tensor& w, const Tensor& x, at::IntArrayRef size) {
       (w.sizes() == size && w.device() == x.device() &&
        (w.scalar_type() == x.scalar_type() || (w.scalar_type() == at::kFloat && is_half(x) && x.is_cpu())));
 }
-
-// Whether autocast would take norms of x to float32: on every device but the CPU.
-bool is_autocast(const Tensor& x) { return !x.is_cpu() && at::autocast::is_autocast_enabled(x.device().type()); }
 
 // Whether the last dimensions are rows of numbers side by side, each as far from the one before.
 bool lies_in_rows(const Tensor& x, int64_t dims, int64_t& apart) {
@@ -192,8 +188,7 @@ std::pair<Tensor, Tensor> norm(
     Kind kind, const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, at::IntArrayRef shape,
     double eps) {
   const auto dims = static_cast<int64_t>(shape.size());
-  if (dims < 1 || dims > x.dim() || last(x, dims) != shape || x.numel() == 0 || is_autocast(x) || !goes_with(weight, x, shape) ||
-      !goes_with(bias, x, shape)) {
+  if (dims < 1 || dims > x.dim() || last(x, dims) != shape || x.numel() == 0 || !goes_with(weight, x, shape) || !goes_with(bias, x, shape)) {
     return {};
   }
   if (residual.defined() &&
@@ -305,9 +300,7 @@ struct GroupNormBackward : public KernelNode {
 };
 
 std::optional<Tensor> group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps) {
-  if (x.dim() < 2 || groups < 1 || x.size(1) % groups != 0 || x.numel() == 0 || x.numel() == groups || is_autocast(x)) {
-    return std::nullopt;
-  }
+  if (x.dim() < 2 || groups < 1 || x.size(1) % groups != 0 || x.numel() == 0 || x.numel() == groups) return std::nullopt;
   const int64_t batch = x.size(0), channels = x.size(1);
   if (!goes_with(weight, x, {channels}) || !goes_with(bias, x, {channels}) ||
       (weight.defined() && bias.defined() && weight.scalar_type() != bias.scalar_type())) {
