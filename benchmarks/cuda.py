@@ -147,6 +147,19 @@ def loss(name: str, bar: float) -> Result:
     return measure(f"{name} 8192x1024", bar, both(getattr(F, name)), both(getattr(ours, name)))
 
 
+def norm(name: str, bar: float, dtype: torch.dtype) -> Result:
+    x = torch.randn(8192, 4096, dtype=dtype, device="cuda", requires_grad=True)
+    parameters = [torch.rand(4096, dtype=dtype, device="cuda", requires_grad=True)]
+    if name == "layer_norm":
+        parameters.append(torch.rand(4096, dtype=dtype, device="cuda", requires_grad=True))
+    g = torch.randn_like(x)
+
+    def both(f: Callable[..., Tensor]) -> Call:
+        return lambda: torch.autograd.grad(f(x, [4096], *parameters), [x, *parameters], g)
+
+    return measure(f"{name} 8192x4096 {str(dtype)[6:]}", bar, both(getattr(F, name)), both(getattr(ours, name)))
+
+
 class Block(nn.Module):
     """Of GPT-2."""
 
@@ -252,6 +265,7 @@ def rows() -> list[tuple[str, Callable[[], Result]]]:
     ]
     table += [row(name, loss, name, 1.0) for name in ("mse_loss", "l1_loss", "huber_loss")]
     table += [row(name, loss, name, 1.0) for name in ("binary_cross_entropy_with_logits", "cross_entropy")]
+    table += [row(name, norm, name, 1.0, dtype) for name in ("rms_norm", "layer_norm") for dtype in (single, half)]
     table += [row(name, gpt, name, bar, compiled) for name, bar, compiled in GPTS]
     return table
 

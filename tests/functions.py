@@ -187,7 +187,13 @@ def along(name: str, variant: str = "", **options: object) -> Row:
 
 
 def composed_norm(
-    x: Tensor, dims: list[int], w: Tensor | None, b: Tensor | None, eps: float, view: tuple[int, ...] = (), groups: int = 0
+    x: Tensor,
+    dims: list[int],
+    w: Tensor | None,
+    b: Tensor | None,
+    eps: float,
+    view: tuple[int, ...] = (),
+    groups: int = 0,
 ) -> Tensor:
     """torch's layer_norm and group_norm by their definition: their own second derivatives are wrong in places, see
     layers/test_layer_norm.py, and group_norm's first ones in others."""
@@ -227,7 +233,10 @@ def norm(name: str, variant: str, shape: tuple[int, ...], eps: float | None) -> 
     if name == "rms_norm":
         edges += [lambda: tuple(torch.complex(normal(*s), normal(*s, seed=3)) for s in ((2, *shape), shape))]
     else:
-        edges += [lambda: (normal(2, *shape), parameters(shape)[0], None), lambda: (normal(2, *shape), None, normal(*shape))]
+        edges += [
+            lambda: (normal(2, *shape), parameters(shape)[0], None),
+            lambda: (normal(2, *shape), None, normal(*shape)),
+        ]
     return Row(
         f"{name}{variant}",
         call(getattr(ours, name)),

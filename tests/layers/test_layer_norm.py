@@ -62,3 +62,11 @@ def test_statistics_are_kept_in_float32():
     for f in (ours.layer_norm, F.layer_norm):
         errors.append((gradient(f, x.clone().requires_grad_(), w, g) - right).abs().mean().item())
     assert errors[0] < errors[1]
+
+
+def test_the_gradient_of_a_bias_does_not_come_to_a_stop():
+    """torch 2.13 sums it in bfloat16 on CPU, where 256 + 1 is 256: of 4096 ones it makes 512 with 2 threads."""
+    x, b = torch.randn(4096, 8).bfloat16(), torch.zeros(8, dtype=torch.bfloat16, requires_grad=True)
+    y = ours.layer_norm(x, [8], torch.ones_like(b), b)
+    (g,) = torch.autograd.grad(y, b, torch.ones_like(y))
+    assert g.tolist() == [4096] * 8

@@ -47,7 +47,9 @@ def test_weights_in_float32_beside_16_bits(name):
             results.append((y, *torch.autograd.grad(y, leaves, g.to(y.dtype))))
         assert [a.dtype for a in results[0]] == [dtype, dtype, torch.float32]
         for mine, right in zip(*results, strict=True):
-            assert_close(mine.double(), right, rtol=torch.finfo(mine.dtype).eps * 4, atol=torch.finfo(mine.dtype).eps * 4)
+            assert_close(
+                mine.double(), right, rtol=torch.finfo(mine.dtype).eps * 4, atol=torch.finfo(mine.dtype).eps * 4
+            )
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])

@@ -76,7 +76,7 @@ def test_as_torch_in_float64(layout, kind, dtype):
     assert pointwise.rows() is not None
     shape, dims, lay = LAYOUTS[layout]
     size = shape[len(shape) - dims :]
-    tolerance = torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 8)
+    tolerance = torch.finfo(dtype).eps * (512 if dtype == torch.float64 else 8)  # of which torch has its part
     wide = torch.float64
     for weighted, biased in itertools.product((False, True), (False, True) if kind == "layer_norm" else (False,)):
         x, a = (lay(numbers(*shape, seed=k, dtype=dtype)) for k in (0, 1))
@@ -116,8 +116,8 @@ def test_errors_are_at_most_those_of_operations(kind, dtype, offset):
     for f in (by_kernel, by_operations, by_torch):
         found = results(f, kind, inputs, 1, incoming)
         errors.append([(t.double() - true).abs().mean().item() for t, true in zip(found, right, strict=True)])
-    for mine, *others in zip(*errors, strict=True):
-        assert mine <= 1.05 * min(others) + 1e-9 or mine <= 1.05 * others[1], errors
+    for mine, operations, stock in zip(*errors, strict=True):
+        assert mine <= 1.05 * min(operations, stock) + 1e-9, errors
 
 
 @pytest.mark.parametrize("kind", ["rms_norm", "add_rms_norm", "layer_norm"])
@@ -162,7 +162,10 @@ def test_a_gradient_that_is_one_number():
     x = torch.randn(5, 8, requires_grad=True)
     for mine, stock in ((rms_norm, torch.nn.functional.rms_norm), (layer_norm, torch.nn.functional.layer_norm)):
         torch.testing.assert_close(
-            torch.autograd.grad(mine(x, [8]).sum(), x), torch.autograd.grad(stock(x, [8]).sum(), x), rtol=1e-4, atol=1e-6
+            torch.autograd.grad(mine(x, [8]).sum(), x),
+            torch.autograd.grad(stock(x, [8]).sum(), x),
+            rtol=1e-4,
+            atol=1e-6,
         )
 
 

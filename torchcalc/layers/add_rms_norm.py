@@ -9,6 +9,7 @@ Saves s, w, and r. In one pass s is written as it is read; done apart, it is rea
 gradient that is read again to be added to σ. s is rounded to its dtype first: y is that of the s that is returned.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,9 +29,7 @@ class AddRMSNormFunction(Function):
     autocast = "off"
 
     @staticmethod
-    def forward(
-        x: Tensor, a: Tensor, w: Tensor | None, dims: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, a: Tensor, w: Tensor | None, dims: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         s = x + a
         v = widen(s)
         r = rstd(v, dims, eps)
@@ -63,7 +62,7 @@ class AddRMSNormFunction(Function):
 def add_rms_norm(
     input: Tensor,
     residual: Tensor,
-    normalized_shape: list[int],
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:

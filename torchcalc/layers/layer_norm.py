@@ -69,9 +69,7 @@ def normalized_gradient(
     return r * (h - centred * r * (of_r * r / n)) + of_m / n  # (5)
 
 
-def normalized_tangent(
-    dx: Tensor, x: Tensor, m: Tensor, r: Tensor, dims: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def normalized_tangent(dx: Tensor, x: Tensor, m: Tensor, r: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """The tangents of x̂, μ and r."""
     dm = dx.mean(dims, keepdim=True)  # (1)
     dr = -(r**3) * ((x - m) * dx).mean(dims, keepdim=True)  # (2)
@@ -104,9 +102,7 @@ class LayerNormFunction(Function):
     autocast = "off"  # layer_norm() chooses the dtype
 
     @staticmethod
-    def forward(
-        x: Tensor, w: Tensor | None, b: Tensor | None, dims: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, w: Tensor | None, b: Tensor | None, dims: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         if not x.is_cpu:
             return torch.native_layer_norm(x, x.shape[x.dim() - dims :], w, b, eps)
         v = widen(x)
@@ -145,7 +141,7 @@ def beside(x: Tensor, *parameters: Tensor | None) -> bool:
 @leaf
 def layer_norm(
     input: Tensor,
-    normalized_shape: list[int],
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -179,7 +175,7 @@ def layer_norm(
             if found is not None:
                 return found
     if x is None or not fits(x, normalized_shape, w, b) or x.is_complex() or not beside(x, w, b):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
     y, _, _ = LayerNormFunction.apply(x, w, b, len(normalized_shape), eps)
     return y
 

@@ -58,7 +58,13 @@ def rstd(x: Tensor, dims: int, eps: float) -> Tensor:
 
 
 def gradients(
-    g: Tensor, rho: Tensor | None, x: Tensor, w: Tensor | None, r: Tensor, dims: int, needed: Sequence[bool] = (True, True)
+    g: Tensor,
+    rho: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    r: Tensor,
+    dims: int,
+    needed: Sequence[bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None]:
     """∂L/∂x, not yet rounded, and ∂L/∂w; None for what is not needed."""
     g, x, r = widen(g), widen(x).conj(), r.conj()
@@ -72,9 +78,7 @@ def gradients(
     return grad_x, unbroadcast(g * normed, w) if w is not None and needed[1] else None  # (4)
 
 
-def tangents(
-    dx: Tensor, dw: Tensor | None, x: Tensor, w: Tensor | None, r: Tensor, dims: int
-) -> tuple[Tensor, Tensor]:
+def tangents(dx: Tensor, dw: Tensor | None, x: Tensor, w: Tensor | None, r: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     """ẏ, not yet rounded, and ṙ."""
     dx, x = widen(dx), widen(x)
     dr = -(r**3) * (x * dx).mean(of_rows(x, dims), keepdim=True)  # (1)
@@ -140,7 +144,7 @@ def autocasted(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 @leaf
 def rms_norm(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """input / √(eps + mean of input²) · weight over the last dimensions, as ``torch.nn.functional.rms_norm``.
 
@@ -170,7 +174,7 @@ def rms_norm(
             if found is not None:
                 return found
     if x is None or not fits(x, normalized_shape, w):
-        return F.rms_norm(input, normalized_shape, weight, eps)
+        return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
     y, _ = RMSNormFunction.apply(x, w, len(normalized_shape), epsilon(x) if eps is None else eps)
     return y
 

@@ -27,6 +27,16 @@ TC_INLINE const T* widened(const Stored* from, int64_t n, T* buffer) {
   }
 }
 
+// What widened has returned.
+template <class Stored, class T>
+TC_INLINE const T* widened_before(const Stored* from, const T* buffer) {
+  if constexpr (std::is_same_v<Stored, T>) {
+    return from;
+  } else {
+    return buffer;
+  }
+}
+
 // f(i, k) for every i < n, where k counts running sums.
 template <class F>
 TC_INLINE void in_lanes(int64_t n, const F& f) {
@@ -38,10 +48,11 @@ TC_INLINE void in_lanes(int64_t n, const F& f) {
 }
 
 template <class T>
-TC_INLINE double total(const T* lane) {
-  double sum = 0;
-  for (int k = 0; k < width; ++k) sum += static_cast<double>(lane[k]);
-  return sum;
+TC_INLINE double total(T* lane) {
+  for (int half = width / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
+  }
+  return static_cast<double>(lane[0]);
 }
 
 template <class T>
@@ -199,49 +210,45 @@ struct Backward {
     T xs[chunk], gs[chunk], hs[chunk], more[chunk], result[chunk];
     const T r = static_cast<const T*>(job.rstd)[row], m = Centred ? static_cast<const T*>(job.mean)[row] : T(0);
 
-    const auto read = [&](int64_t at, int64_t n) TC_INLINE_LAMBDA {  // x, less its mean
-      if constexpr (!Centred) return widened(x + at, n, xs);
-      TC_INDEPENDENT
-      for (int64_t i = 0; i < n; ++i) xs[i] = load(x[at + i]) - m;
-      return static_cast<const T*>(xs);
+    // Reads a piece of the row: x, less its mean, to xs, h = g·w to hs; adds up h and h·x, and returns g.
+    double sum = 0, slope = 0;
+    const auto read = [&](int64_t at, int64_t n) TC_INLINE_LAMBDA {
+      const T *const v = widened(x + at, n, xs), *const u = widened(g + at, n, gs);
+      T sums[width] = {}, slopes[width] = {};
+      const auto each = [&](auto has_weight) TC_INLINE_LAMBDA {
+        in_lanes(n, [&](int64_t i, int k) TC_INLINE_LAMBDA {
+          const T h = has_weight ? u[i] * weight[at + i] : u[i], d = Centred ? v[i] - m : v[i];
+          hs[i] = h;
+          xs[i] = d;
+          if constexpr (Centred) sums[k] += h;
+          slopes[k] = fma<Fma>(h, d, slopes[k]);
+        });
+      };
+      weight ? each(std::true_type()) : each(std::false_type());
+      if constexpr (Centred) sum += total(sums);
+      slope += total(slopes);
+      return u;
     };
-    const auto weighted = [&](const T* h, int64_t at, int64_t n) TC_INLINE_LAMBDA {
-      if (!weight) return h;
-      TC_INDEPENDENT
-      for (int64_t i = 0; i < n; ++i) hs[i] = h[i] * weight[at + i];
-      return static_cast<const T*>(hs);
-    };
-
-    T mean = 0, along = 0;  // of h = g·w, and of h·x̂
-    if (grad) {
-      double sum = 0, slope = 0;
-      by_chunks(job.n, [&](int64_t at, int64_t n) TC_INLINE_LAMBDA {
-        const T* const h = weighted(widened(g + at, n, gs), at, n);
-        slope += product<Fma>(h, read(at, n), n);
-        if constexpr (Centred) sum += sum_of(h, n);
-      });
-      mean = static_cast<T>(sum / static_cast<double>(job.n));
-      along = static_cast<T>(slope / static_cast<double>(job.n)) * r;
-    }
+    by_chunks(job.n, [&](int64_t at, int64_t n) TC_INLINE_LAMBDA { read(at, n); });
+    const T mean = static_cast<T>(sum / static_cast<double>(job.n));         // of h
+    const T along = static_cast<T>(slope / static_cast<double>(job.n)) * r;  // of h·x̂
     by_chunks(job.n, [&](int64_t at, int64_t n) TC_INLINE_LAMBDA {
-      const T* const v = read(at, n);
-      const T* const from = widened(g + at, n, gs);
+      const T* const u = job.n <= chunk ? widened_before(g + at, gs) : read(at, n);
       if (grad_weight) {
         T* const to = grad_weight + at;
         TC_INDEPENDENT
-        for (int64_t i = 0; i < n; ++i) to[i] = fma<Fma>(from[i], v[i] * r, to[i]);
+        for (int64_t i = 0; i < n; ++i) to[i] = fma<Fma>(u[i], xs[i] * r, to[i]);
       }
       if (grad_bias) {
         T* const to = grad_bias + at;
         TC_INDEPENDENT
-        for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+        for (int64_t i = 0; i < n; ++i) to[i] += u[i];
       }
       if (!grad) return;
-      const T* const h = weighted(from, at, n);
       T* out = result;
       if constexpr (std::is_same_v<Stored, T>) out = grad + at;
       TC_INDEPENDENT
-      for (int64_t i = 0; i < n; ++i) out[i] = r * ((Centred ? h[i] - mean : h[i]) - v[i] * r * along);
+      for (int64_t i = 0; i < n; ++i) out[i] = r * ((Centred ? hs[i] - mean : hs[i]) - xs[i] * r * along);
       if (added) {
         const T* const a = widened(added + at, n, more);
         TC_INDEPENDENT
