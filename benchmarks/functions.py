@@ -75,8 +75,8 @@ def rows() -> Iterator[Row]:
     for name in ("softmax", "log_softmax"):
         for shape in ((32, 10), (8192, 1024)):
             yield rows_row(name, shape)
-    for name, shape, dtype, target in NORMS:
-        yield norm_row(name, shape, dtype, target)
+    for norm in NORMS:
+        yield norm_row(*norm)
     yield compiled_row()
 
 

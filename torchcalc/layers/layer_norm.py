@@ -175,7 +175,7 @@ def layer_norm(
             if found is not None:
                 return found
     if x is None or not fits(x, normalized_shape, w, b) or x.is_complex() or not beside(x, w, b):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
     y, _, _ = LayerNormFunction.apply(x, w, b, len(normalized_shape), eps)
     return y
 

@@ -174,7 +174,7 @@ def rms_norm(
             if found is not None:
                 return found
     if x is None or not fits(x, normalized_shape, w):
-        return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
+        return F.rms_norm(input, normalized_shape, weight, eps)
     y, _ = RMSNormFunction.apply(x, w, len(normalized_shape), epsilon(x) if eps is None else eps)
     return y
 

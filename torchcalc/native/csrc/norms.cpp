@@ -301,7 +301,8 @@ void add_blocks(const double* partial, int64_t blocks, int64_t n, T* to) {
       for (int64_t i = 0; i < m; ++i) c.to[at + i] = static_cast<T>(sum[i]);
     }
   };
-  blocks * n <= serial ? columns(0, n, &context) : parallel_for(n, 1 + serial / blocks, columns, &context);
+  // Another wait for all threads costs more than these additions, unless they are many.
+  blocks * n <= 16 * serial ? columns(0, n, &context) : parallel_for(n, 1 + 16 * serial / blocks, columns, &context);
 }
 
 template <class Stored>
