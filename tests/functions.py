@@ -209,6 +209,10 @@ def composed_norm(
     return wide(f, x, *(p for p in (w, b) if p is not None))
 
 
+#: Whether torch's autocast takes rms_norm to float32, as it has layer_norm since long, and as we do with every torch.
+RMS_NORM_IS_AUTOCAST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 def norm(name: str, variant: str, shape: tuple[int, ...], eps: float | None) -> Row:
     """A norm over the last dimensions; layer_norm has a bias."""
     count = 2 if name == "rms_norm" else 3
@@ -245,7 +249,7 @@ def norm(name: str, variant: str, shape: tuple[int, ...], eps: float | None) -> 
         grads=tuple(range(count)),
         edges=tuple(edges),
         special=special,
-        autocast=name == "rms_norm",
+        autocast=name == "rms_norm" and RMS_NORM_IS_AUTOCAST,
         inductor=not variant,
     )
 
@@ -291,6 +295,7 @@ def add_rms_norm() -> Row:
         stock,
         inputs=lambda: (normal(3, 4), normal(3, 4, seed=1), normal(4, seed=2)),
         grads=(0, 1, 2),
+        autocast=RMS_NORM_IS_AUTOCAST,
         edges=(
             lambda: (normal(4), normal(4, seed=1), None),
             lambda: (normal(0, 4), normal(0, 4, seed=1), normal(4, seed=2)),

@@ -136,7 +136,7 @@ def fits(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
 
 
 def autocasted(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """In float32 where torch.autocast takes norms to it: on every device but the CPU."""
+    """In float32 where torch.autocast takes norms to it: on every device but the CPU; rms_norm from torch 2.13 on."""
     if not _is_any_autocast_enabled():
         return tensors
     return tuple(x.float() if isinstance(x, Tensor) and autocasts_to_float32(x) else x for x in tensors)
