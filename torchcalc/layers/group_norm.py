@@ -6,7 +6,7 @@ Derivation.  For x̂ a sample's group is a row: what :mod:`torchcalc.layers.laye
 
     ∂L/∂w_c = Σ g·x̂,   ∂L/∂b_c = Σ g   over samples and places of channel c.      (1)
 
-Saves x, w, and mean and 1/deviation, two numbers for a sample and a group, in float32 or what is wider.
+Saves x, w, b for its dtype, and mean and 1/deviation, two numbers for a sample and a group, in float32 or what is wider.
 
 On CPU torch takes the variance as E[x²] - μ² where channels lie side by side (``channels_last``): of values about 1000, spread
 by 1, its result is off by 0.7. Such an input is taken apart here first, and put together again.

@@ -13,7 +13,7 @@ constexpr int64_t chunk = 1024;   // elements of a row that are looked at togeth
 constexpr int width = 32;         // running sums in a loop, so that it vectorises
 constexpr int64_t together = 32;  // rows whose part of a weight's gradient is summed in the dtype that is computed in
 constexpr int64_t most = 64;      // blocks of rows, each with its sums in double
-constexpr int64_t fewest = 8;     // rows of a block, so that the sums are not larger than what is summed
+constexpr int64_t fewest = 8;     // rows of a block, and blocks, as far as there are rows
 constexpr int64_t serial = 32 * 1024;  // elements for which no second thread pays
 
 template <class Stored, class T>
@@ -237,7 +237,7 @@ struct Backward {
       if (grad_weight) {
         T* const to = grad_weight + at;
         TC_INDEPENDENT
-        for (int64_t i = 0; i < n; ++i) to[i] = fma<Fma>(u[i], xs[i] * r, to[i]);
+        for (int64_t i = 0; i < n; ++i) to[i] = fma<Fma>(u[i], xs[i] * r, to[i]);  // (4), (6) of layer_norm.py
       }
       if (grad_bias) {
         T* const to = grad_bias + at;
@@ -248,7 +248,7 @@ struct Backward {
       T* out = result;
       if constexpr (std::is_same_v<Stored, T>) out = grad + at;
       TC_INDEPENDENT
-      for (int64_t i = 0; i < n; ++i) out[i] = r * ((Centred ? hs[i] - mean : hs[i]) - xs[i] * r * along);
+      for (int64_t i = 0; i < n; ++i) out[i] = r * ((Centred ? hs[i] - mean : hs[i]) - xs[i] * r * along);  // (3), (5)
       if (added) {
         const T* const a = widened(added + at, n, more);
         TC_INDEPENDENT
@@ -315,7 +315,7 @@ template <class Stored>
 void backward(const Norm& rows, const NormGradient& to) {
   using T = computed_t<Stored>;
   const int64_t n = rows.n;
-  const int64_t whole = std::max((rows.rows + most - 1) / most, std::min(fewest, rows.rows));
+  const int64_t whole = std::max((rows.rows + most - 1) / most, std::clamp<int64_t>(rows.rows / fewest, 1, fewest));
   const int64_t of_block = rows.rows * n <= serial ? rows.rows : whole;
   const int64_t blocks = (rows.rows + of_block - 1) / of_block;
   const auto partial = [&](const void* sums) { return sums ? new double[static_cast<size_t>(blocks * n)] : nullptr; };
