@@ -24,9 +24,10 @@ In forward mode μ̇ = mean(ẋ) and ṙ = -r³·mean((x - μ)·ẋ) by (1) and 
 
     ẏ = w·((ẋ - μ̇)·r + (x - μ)·ṙ) + ẇ·x̂ + ḃ.                                    (7)
 
-Saves x, w, b for its dtype, and μ and r, two numbers for a row, in float32 or what is wider; torch keeps them on CPU in 16 bits beside a
-weight of 16 bits, and its gradient is as exact as they. They are outputs of the Function: so their own derivatives are (1)
-and (2), by which second derivatives find their way without anything being computed anew.
+Saves x, w, b for its dtype, and μ and r, two numbers for a row, in float32 or what is wider; torch keeps them on CPU in 16
+bits beside a weight of 16 bits, and its gradient is as exact as they. They are outputs of the Function: so their own
+derivatives are (1) and (2), by which second derivatives find their way without anything being computed anew. On CPU
+native/csrc/norms.cpp reads a row once forward, and x and g once backward; elsewhere the kernels are torch's.
 
 The mean of squares is taken after μ is known, as torch does: E[x²] - μ² loses all digits of a row far from zero.
 
