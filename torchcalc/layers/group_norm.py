@@ -81,14 +81,14 @@ class GroupNormFunction(Function):
     def forward(
         x: Tensor, w: Tensor | None, b: Tensor | None, groups: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if not x.is_cpu:
-            samples, channels, *places = x.shape
-            size = samples, channels, torch.Size(places).numel()
-            return torch.native_group_norm(x.contiguous(), w, b, *size, groups, eps)
-        m, r = statistics(x, groups, eps)
-        y = ((in_groups(widen(x), groups) - m.unsqueeze(2)) * r.unsqueeze(2)).view(x.shape)
-        y = y if w is None else y * per_channel(w, x)
-        return like(y if b is None else y + per_channel(b, x), x), m, r
+        # As torch's kernels want it; on CPU they keep mean and 1/deviation in the dtype of the parameters.
+        v, w, b = (widen(x), widen(w), widen(b)) if x.is_cpu else (x, w, b)
+        w, b = (None if p is None else p.contiguous() for p in (w, b))
+        samples, channels, *places = x.shape
+        y, m, r = torch.native_group_norm(
+            v.contiguous(), w, b, samples, channels, torch.Size(places).numel(), groups, eps
+        )
+        return like(y, x), m, r
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -54,6 +54,7 @@ __all__ = ["LayerNorm", "layer_norm"]
 def statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
     """μ and r of each row."""
     m = x.mean(dims, keepdim=True)
+    m = m + (x - m).mean(dims, keepdim=True)  # nothing, but for what the first sum was rounded by
     return m, torch.rsqrt((x - m).square().mean(dims, keepdim=True) + eps)
 
 
