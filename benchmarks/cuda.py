@@ -205,6 +205,19 @@ def peak(call: Call) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def norm(name: str, bar: float, dtype: torch.dtype) -> Result:
+    x = torch.randn(8192, 4096, dtype=dtype, device="cuda", requires_grad=True)
+    parameters = [torch.rand(4096, dtype=dtype, device="cuda", requires_grad=True)]
+    if name == "layer_norm":
+        parameters.append(torch.rand(4096, dtype=dtype, device="cuda", requires_grad=True))
+    g = torch.randn_like(x)
+
+    def both(f: Callable[..., Tensor]) -> Call:
+        return lambda: torch.autograd.grad(f(x, [4096], *parameters), [x, *parameters], g)
+
+    return measure(f"{name} 8192x4096 {str(dtype)[6:]}", bar, both(getattr(F, name)), both(getattr(ours, name)))
+
+
 class Block(nn.Module):
     """Of GPT-2."""
 
@@ -311,6 +324,7 @@ def rows() -> list[tuple[str, Callable[[], Result]]]:
     ]  # fmt: skip
     table += [row(name, head_loss, name, 1.0, *sizes) for name, sizes in HEADS.items()]
     table += [row(name, gpt, name, bar, compiled, fused) for name, bar, compiled, fused in GPTS]
+    table += [row(name, norm, name, 1.0, dtype) for name in ("rms_norm", "layer_norm") for dtype in (single, half)]
     first = ("gelu", "silu", "tanh")  # the rest while there is time
     for names in (first, [name for name in UNARY if name not in first] + ["swiglu", "geglu"]):
         table += [

@@ -41,6 +41,20 @@ FASTER = {
 }  # of which torch's backward, or torch itself, is composed
 #: Logits, and the ratio that is wanted.
 CROSS_ENTROPY = {(32, 10): 0.85, (128, 1000): 1.4, (8192, 1024): 2.2, (2048, 32_000): 2.3}
+#: (name, shape, dtype, wanted ratio); torch composes rms_norm on CPU.
+NORMS: tuple[tuple[str, tuple[int, ...], torch.dtype, float], ...] = (
+    ("rms_norm", (32, 64), torch.float32, 1.5),
+    ("rms_norm", (4096, 768), torch.float32, 4.0),
+    ("rms_norm", (4096, 768), torch.bfloat16, 5.0),
+    ("add_rms_norm", (4096, 768), torch.float32, 4.0),
+    ("add_rms_norm", (4096, 768), torch.bfloat16, 5.0),
+    ("layer_norm", (32, 64), torch.float32, 0.9),
+    ("layer_norm", (4096, 768), torch.float32, 0.97),
+    ("layer_norm", (4096, 768), torch.bfloat16, 0.97),
+    ("group_norm", (32, 64), torch.float32, 0.9),
+    ("group_norm", (16, 64, 32, 32), torch.float32, 0.97),
+    ("group_norm", (16, 64, 32, 32), torch.bfloat16, 0.97),
+)
 SIZES = (32, 10_000, 100_000, 1_000_000)
 
 
@@ -70,6 +84,8 @@ def rows() -> Iterator[Row]:
     for name in ("softmax", "log_softmax"):
         for shape in ((32, 10), (8192, 1024)):
             yield rows_row(name, shape)
+    for norm in NORMS:
+        yield norm_row(*norm)
     yield compiled_row()
 
 
@@ -94,18 +110,25 @@ def forward_and_backward(f: Call, leaves: list[Tensor], g: Tensor) -> Callable[[
 
 
 def row(
-    name: str, stock: Call, mine: Call, inputs: Callable[[], list[Tensor]], dtype: torch.dtype, **about: Any
+    name: str,
+    stock: Call,
+    mine: Call,
+    inputs: Callable[[], list[Tensor]],
+    dtype: torch.dtype,
+    incoming: Callable[..., Tensor] = torch.rand,
+    **about: Any,
 ) -> Row:
     def make() -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], None]]:
         leaves = [x.requires_grad_() for x in inputs()]
         y = stock(*leaves)
-        g = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype) if y.dim() else torch.ones_like(y)
+        g = incoming(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype) if y.dim() else torch.ones_like(y)
         calls = [forward_and_backward(f, leaves, g) for f in (stock, mine)]
 
         def same() -> None:
             tolerance = 64 * torch.finfo(dtype).eps
             for a, b in zip(*(call() for call in calls), strict=True):
-                torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+                largest = max(1.0, a.abs().max().item())  # of a sum over many rows, whose terms are as large
+                torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * largest)
 
         return calls[0], calls[1], same
 
@@ -201,6 +224,45 @@ def rows_row(name: str, shape: tuple[int, ...]) -> Row:
     return row(
         named(name, shape, torch.float32), stock, mine, lambda: [values(shape, torch.float32)], torch.float32,
         against=f"torch's {name}", target=0.9 if shape[0] <= 32 else 0.97, quick=shape[0] <= 32,
+    )  # fmt: skip
+
+
+def norm_row(name: str, shape: tuple[int, ...], dtype: torch.dtype, target: float) -> Row:
+    """With a weight, and a bias where there is one: forward reads x and writes y, backward reads x and g and writes x's
+    gradient; add_rms_norm has one more of each but g."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    inputs = 2 if name == "add_rms_norm" else 1
+    parameters = 2 if name in ("layer_norm", "group_norm") else 1
+    how: Any = 8 if name == "group_norm" else shape[1:]
+
+    def composed(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
+        s = x + a
+        return F.rms_norm(s, how, w) + s
+
+    def mine(*leaves: Tensor) -> Tensor:
+        if name == "add_rms_norm":
+            x, a, w = leaves
+            y, s = ours.add_rms_norm(x, a, how, w)
+            return y + s
+        x, *rest = leaves
+        f: Call = getattr(ours, name)
+        return f(x, how, *rest)
+
+    def stock(*leaves: Tensor) -> Tensor:
+        x, *rest = leaves
+        f: Call = getattr(F, name)
+        return f(x, how, *rest)
+
+    def make() -> list[Tensor]:
+        xs = [values(shape, dtype, k) for k in range(inputs)]
+        return xs + [values(shape[1:2], dtype, 3 + k) for k in range(parameters)]
+
+    return row(
+        named(name, shape, dtype), composed if name == "add_rms_norm" else stock, mine, make, dtype,
+        torch.randn,  # of numbers all of one sign torch's sum in bfloat16, the gradient of a bias, comes to a stop
+        against="torch's rms_norm of a sum" if inputs == 2 else f"torch's {name}",
+        traffic=Traffic(size, reads=3, writes=2) if inputs == 1 and size > 1 << 20 else None, target=target,
+        quick=shape[0] <= 32,
     )  # fmt: skip
 
 

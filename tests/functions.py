@@ -189,6 +189,127 @@ def along(name: str, variant: str = "", **options: object) -> Row:
     )
 
 
+def composed_norm(
+    x: Tensor,
+    dims: list[int],
+    w: Tensor | None,
+    b: Tensor | None,
+    eps: float,
+    view: tuple[int, ...] = (),
+    groups: int = 0,
+) -> Tensor:
+    """torch's layer_norm and group_norm by their definition: their own second derivatives are wrong in places, see
+    layers/test_layer_norm.py, and group_norm's first ones in others."""
+
+    def f(x: Tensor, *parameters: Tensor) -> Tensor:
+        rest = list(parameters)
+        rows = x.reshape(x.shape[0], groups, x.shape[1:].numel() // groups) if groups else x
+        centred = rows - rows.mean(dims, keepdim=True)
+        y = (centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()).reshape(x.shape)
+        y = y if w is None else y * rest.pop(0).view(view or w.shape)
+        return y if b is None else y + rest.pop(0).view(view or b.shape)
+
+    return wide(f, x, *(p for p in (w, b) if p is not None))
+
+
+#: Whether torch's autocast takes rms_norm to float32, as it has layer_norm since long, and as we do with every torch.
+RMS_NORM_IS_AUTOCAST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+def norm(name: str, variant: str, shape: tuple[int, ...], eps: float | None) -> Row:
+    """A norm over the last dimensions; layer_norm has a bias."""
+    count = 2 if name == "rms_norm" else 3
+
+    def parameters(shape: tuple[int, ...]) -> Inputs:
+        return tuple(normal(*shape, seed=k) for k in range(1, count))
+
+    def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, *parameters: f(x, x.shape[x.dim() - len(shape) :], *parameters, eps=eps)
+
+    def special() -> Inputs:
+        rows = [line(1), line(1).nan_to_num(0, 1e4, -inf), line(1).clamp(-1e4, 1e4).nan_to_num(0), line(1) * 0]
+        x = torch.stack(rows)[(slice(None), *[None] * (len(shape) - 1))]
+        return x, *parameters(tuple(x.shape[x.dim() - len(shape) :]))
+
+    def composed(x: Tensor, size: torch.Size, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
+        return composed_norm(x, list(range(x.dim() - len(size), x.dim())), w, b, eps)
+
+    edges = [lambda lead=lead: (normal(*lead, *shape), *parameters(shape)) for lead in ((), (0,), (2, 1, 3), (1, 1))]
+    edges += [lambda: (normal(2, *shape), *[None] * (count - 1))]
+    edges += [lambda: (normal(2, *shape[:-1], 0), *parameters((*shape[:-1], 0)))]
+    if name == "rms_norm":
+        edges += [lambda: tuple(torch.complex(normal(*s), normal(*s, seed=3)) for s in ((2, *shape), shape))]
+    else:
+        edges += [
+            lambda: (normal(2, *shape), parameters(shape)[0], None),
+            lambda: (normal(2, *shape), None, normal(*shape)),
+        ]
+    return Row(
+        f"{name}{variant}",
+        call(getattr(ours, name)),
+        call(torch.nn.functional.rms_norm if name == "rms_norm" else composed),
+        inputs=lambda: (normal(3, *shape), *parameters(shape)),
+        grads=tuple(range(count)),
+        edges=tuple(edges),
+        special=special,
+        autocast=name == "rms_norm" and RMS_NORM_IS_AUTOCAST,
+        inductor=not variant,
+    )
+
+
+def group_norm(variant: str, groups: int) -> Row:
+    def stock(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        return composed_norm(x, [2], w, b, 1e-3, (-1, *[1] * (x.dim() - 2)), groups)
+
+    def parameters() -> Inputs:
+        return normal(4, seed=1), normal(4, seed=2)
+
+    return Row(
+        f"group_norm{variant}",
+        lambda x, w, b: ours.group_norm(x, groups, w, b, eps=1e-3),
+        stock,
+        inputs=lambda: (normal(2, 4, 3), *parameters()),
+        grads=(0, 1, 2),
+        edges=(
+            lambda: (normal(2, 4), *parameters()),
+            lambda: (normal(0, 4, 2), *parameters()),
+            lambda: (normal(1, 4, 2, 1, 3), *parameters()),
+            lambda: (normal(2, 4, 2, 3), None, None),
+            lambda: (normal(2, 4, 2, 3).to(memory_format=torch.channels_last), normal(4, seed=1), None),
+            lambda: (normal(2, 4, 2, 3), None, normal(4, seed=1)),
+        ),
+        special=lambda: (torch.stack([line(1)[:12], line(1)[3:].clamp(-1e4, 1e4)]).view(2, 4, 3), *parameters()),
+        reference=lambda x, w, b: torch.nn.functional.group_norm(x, groups, w, b, eps=1e-3),  # NaN where x² overflows
+        autocast=False,
+        inductor=groups == 2,
+    )
+
+
+def add_rms_norm() -> Row:
+    """Both results, one beside the other; in 16 bits torch's sum is rounded as ours is."""
+
+    def stock(x: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+        s = x + a
+        return torch.stack([torch.nn.functional.rms_norm(s, s.shape[-1:], w, 1e-3), s])
+
+    return Row(
+        "add_rms_norm",
+        lambda x, a, w: torch.stack(ours.add_rms_norm(x, a, (x + a).shape[-1:], w, 1e-3)),
+        stock,
+        inputs=lambda: (normal(3, 4), normal(3, 4, seed=1), normal(4, seed=2)),
+        grads=(0, 1, 2),
+        autocast=RMS_NORM_IS_AUTOCAST,
+        edges=(
+            lambda: (normal(4), normal(4, seed=1), None),
+            lambda: (normal(0, 4), normal(0, 4, seed=1), normal(4, seed=2)),
+            lambda: (normal(2, 3, 4), normal(2, 3, 4, seed=1), normal(4, seed=2)),
+            lambda: (normal(3, 4), normal(4, seed=1), normal(4, seed=2)),
+        ),
+        special=lambda: (torch.stack([line(1), line(1) * 0]), torch.stack([line(1).roll(7), line(1)]), normal(15)),
+        inductor=True,
+    )
+
+
 LAYERS = [
     Row(
         "linear",
@@ -212,6 +333,10 @@ LAYERS = [
         special=lambda: (torch.stack([line(1), line(1).nan_to_num(0, 1, 2)]), normal(2, 15), normal(2)),
         inductor=True,
     ),
+    *(norm("rms_norm", v, shape, eps=eps) for v, shape, eps in (("", (4,), None), (" two dimensions", (3, 4), 0.1))),
+    *(norm("layer_norm", v, shape, eps=eps) for v, shape, eps in (("", (4,), 1e-5), (" two dimensions", (3, 4), 0.1))),
+    *(group_norm(f" {groups}", groups) for groups in (1, 2, 4)),
+    add_rms_norm(),
     along("softmax", dim=1),
     along("softmax", " first", dim=0),
     along("softmax", " dtype", dim=-1, dtype=torch.float64),

@@ -36,6 +36,7 @@ OURS_ONLY = {
         "memory", "z_loss", "softcap", "token_weight", "normalizer", "metrics",
     ],
 }  # fmt: skip
+OURS_ONLY |= {"add_rms_norm": ["input", "residual", "normalized_shape", "weight", "eps"]}
 
 
 #: What ours take besides, by keyword alone.
@@ -149,6 +150,27 @@ EXCEPTIONS = {
     "linear dtypes": lambda F: F.linear(t(2, 3), t(4, 3, dtype=torch.float64)),
     "linear bias": lambda F: F.linear(t(2, 3), t(4, 3), t(3)),
     "linear vector and bias": lambda F: F.linear(t(2, 3), t(3), t(1)),
+    "rms_norm shape": lambda F: F.rms_norm(t(2, 3), (4,)),
+    "rms_norm no shape": lambda F: F.rms_norm(t(2, 3), ()),
+    "rms_norm long shape": lambda F: F.rms_norm(t(3), (2, 3)),
+    "rms_norm number as shape": lambda F: F.rms_norm(t(2, 3), 3),
+    "rms_norm weight": lambda F: F.rms_norm(t(2, 3), (3,), t(1)),
+    "rms_norm integers": lambda F: F.rms_norm(y(1, 2), (2,)),
+    "layer_norm shape": lambda F: F.layer_norm(t(2, 3), (4,)),
+    "layer_norm number as shape": lambda F: F.layer_norm(t(2, 3), 3),
+    "layer_norm weight": lambda F: F.layer_norm(t(2, 3), (3,), t(2)),
+    "layer_norm bias": lambda F: F.layer_norm(t(2, 3), (3,), t(3), t(1)),
+    "layer_norm dtypes": lambda F: F.layer_norm(t(2, 3), (3,), t(3, dtype=torch.float64)),
+    "layer_norm dtypes of 16 bits": lambda F: F.layer_norm(t(2, 3).bfloat16(), (3,), t(3), t(3).bfloat16()),
+    "layer_norm integers": lambda F: F.layer_norm(y(1, 2), (2,)),
+    "layer_norm complex": lambda F: F.layer_norm(t(2, 3, dtype=torch.cfloat), (3,)),
+    "group_norm groups": lambda F: F.group_norm(t(2, 3), 2),
+    "group_norm no groups": lambda F: F.group_norm(t(2, 3), 0),
+    "group_norm dimensions": lambda F: F.group_norm(t(2), 2),
+    "group_norm of one number": lambda F: F.group_norm(t(1, 2), 2),
+    "group_norm weight": lambda F: F.group_norm(t(2, 4), 2, t(3)),
+    "group_norm bias": lambda F: F.group_norm(t(2, 4), 2, t(4), t(3)),
+    "group_norm dtypes": lambda F: F.group_norm(t(2, 4), 2, t(4, dtype=torch.float64)),
     "softmax dim": lambda F: F.softmax(t(2, 3), 2),
     "softmax integers": lambda F: F.softmax(y(1, 2), 0),
     "log_softmax dim": lambda F: F.log_softmax(t(2, 3), -3),

@@ -43,6 +43,18 @@ CASES = {  # name: (constructor arguments, inputs)
         {"in_features": 4, "out_features": 2, "bias": False, "dtype": torch.float64},
         (x.double(),),
     ),
+    "RMSNorm": ({"normalized_shape": 4, "eps": 0.1}, (x,)),
+    "RMSNorm without weight": ({"normalized_shape": (3, 4), "elementwise_affine": False}, (x,)),
+    "LayerNorm": ({"normalized_shape": 4, "eps": 0.1, "dtype": torch.float64}, (x.double(),)),
+    "LayerNorm without bias": ({"normalized_shape": (3, 4), "bias": False}, (x,)),
+    "LayerNorm without weight": ({"normalized_shape": 4, "elementwise_affine": False}, (x,)),
+    "GroupNorm": ({"num_groups": 2, "num_channels": 4, "eps": 0.1}, (x,)),
+    "GroupNorm without weight": ({"num_groups": 4, "num_channels": 4, "affine": False}, (x.reshape(1, 4, 3),)),
+    **(
+        {"GroupNorm without bias": ({"num_groups": 2, "num_channels": 4, "bias": False}, (x,))}
+        if "bias" in inspect.signature(torch.nn.GroupNorm).parameters
+        else {}
+    ),
     "Softmax": ({"dim": 1}, (x,)),
     "LogSoftmax": ({"dim": 0}, (x,)),
     "MSELoss": ({"reduction": "sum"}, (x, t)),
@@ -87,7 +99,7 @@ MODULES = {
     "kl_div": "KLDivLoss",
     "linear_cross_entropy": "LinearCrossEntropyLoss",
 }
-WITHOUT_A_MODULE = {"geglu", "softcap", "swiglu"}
+WITHOUT_A_MODULE = {"add_rms_norm", "geglu", "softcap", "swiglu"}
 
 
 def named(namespace, name):

@@ -22,7 +22,11 @@ from torchcalc.activations.softcap import softcap
 from torchcalc.activations.softplus import softplus
 from torchcalc.activations.square import square
 from torchcalc.activations.tanh import tanh
+from torchcalc.layers.add_rms_norm import add_rms_norm
+from torchcalc.layers.group_norm import group_norm
+from torchcalc.layers.layer_norm import layer_norm
 from torchcalc.layers.linear import linear
+from torchcalc.layers.rms_norm import rms_norm
 from torchcalc.layers.softmax import log_softmax, softmax
 from torchcalc.losses.binary_cross_entropy import binary_cross_entropy, binary_cross_entropy_with_logits
 from torchcalc.losses.cross_entropy import cross_entropy
@@ -37,6 +41,7 @@ from torchcalc.losses.smooth_l1 import smooth_l1_loss
 
 __all__ = [
     "abs",
+    "add_rms_norm",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
@@ -46,9 +51,11 @@ __all__ = [
     "geglu",
     "gelu",
     "glu",
+    "group_norm",
     "huber_loss",
     "kl_div",
     "l1_loss",
+    "layer_norm",
     "leaky_relu",
     "linear",
     "linear_cross_entropy",
@@ -59,6 +66,7 @@ __all__ = [
     "mse_loss",
     "poisson_nll_loss",
     "relu",
+    "rms_norm",
     "sigmoid",
     "silu",
     "smooth_l1_loss",

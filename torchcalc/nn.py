@@ -20,7 +20,10 @@ from torchcalc.activations.silu import SiLU
 from torchcalc.activations.softplus import Softplus
 from torchcalc.activations.square import Square
 from torchcalc.activations.tanh import Tanh
+from torchcalc.layers.group_norm import GroupNorm
+from torchcalc.layers.layer_norm import LayerNorm
 from torchcalc.layers.linear import Linear
+from torchcalc.layers.rms_norm import RMSNorm
 from torchcalc.layers.softmax import LogSoftmax, Softmax
 from torchcalc.losses.binary_cross_entropy import BCELoss, BCEWithLogitsLoss
 from torchcalc.losses.cross_entropy import CrossEntropyLoss
@@ -43,9 +46,11 @@ __all__ = [
     "CrossEntropyLoss",
     "Exp",
     "GaussianNLLLoss",
+    "GroupNorm",
     "HuberLoss",
     "KLDivLoss",
     "L1Loss",
+    "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LinearCrossEntropyLoss",
@@ -55,6 +60,7 @@ __all__ = [
     "MSELoss",
     "Mish",
     "PoissonNLLLoss",
+    "RMSNorm",
     "ReLU",
     "SiLU",
     "Sigmoid",

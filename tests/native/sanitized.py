@@ -17,7 +17,15 @@ from torchcalc.native import build, files
 
 HERE = Path(__file__).parent
 TESTS = [
-    *("test_optim.py", "test_refusals.py", "test_bound.py", "test_rounding.py", "test_grad_norm.py", "test_rows.py"),
+    *(
+        "test_optim.py",
+        "test_refusals.py",
+        "test_bound.py",
+        "test_rounding.py",
+        "test_grad_norm.py",
+        "test_rows.py",
+        "test_norms.py",
+    ),
     "../formula/test_pointwise.py",
 ]
 

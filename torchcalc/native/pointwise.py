@@ -1,5 +1,5 @@
 """The library of autograd nodes, called from Python: a formula's value, with a backward that calls its other kernels; and
-cross-entropy and softmax, likewise.
+cross-entropy, softmax and norms, likewise.
 
 Each function returns None for what it does not take: then nothing was computed. See ``csrc/node/node.cpp``.
 """
@@ -56,8 +56,12 @@ def index(formula: Formula) -> int:
 
 
 def rows() -> Any:
-    """The module, or None where it is not there. It has, besides the above, cross_entropy(input, target, weight, ignore_index,
-    reduction, label_smoothing, z_loss), softmax(input, dim, log), and what steps and launches on a GPU use."""
+    """The module with functions of rows, and what steps and launches on a GPU use; None where it is not there.
+
+    cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, z_loss), softmax(input, dim, log),
+    rms_norm(input, residual, weight, normalized_shape, eps), layer_norm(input, weight, bias, normalized_shape, eps),
+    group_norm(input, weight, bias, num_groups, eps).
+    """
     return _nodes if _connect() else None
 
 
@@ -92,9 +96,12 @@ _library: Any = None
 def _register_second_derivatives() -> None:
     global _library
     from torchcalc.formula.pointwise import FORMULAS, gradients
-    from torchcalc.layers import softmax
+    from torchcalc.layers import group_norm, layer_norm, rms_norm, softmax
     from torchcalc.losses.cross_entropy import gradients as cross_entropy_gradients
-    from torchcalc.promotion import like
+    from torchcalc.promotion import like, widen
+
+    def given(grads: Sequence[Tensor | None]) -> list[Tensor]:
+        return [grad for grad in grads if grad is not None]
 
     def differentiable_backward(
         name: str, g: Tensor, saved: Sequence[Tensor | None], numbers: Sequence[float], needed: Sequence[bool]
@@ -103,7 +110,7 @@ def _register_second_derivatives() -> None:
         known = dict(zip((*formula.inputs, *formula.parameters), (*saved[:-1], *numbers), strict=True)) | {
             "y": saved[-1]
         }
-        return [grad for grad in gradients(formula, g, known, needed) if grad is not None]
+        return given(gradients(formula, g, known, needed))
 
     def softmax_backward(g: Tensor, y: Tensor, dim: int, log: bool) -> Tensor:
         return like((softmax.log_softmax_backward if log else softmax.softmax_backward)(y, g, dim), y)
@@ -122,7 +129,61 @@ def _register_second_derivatives() -> None:
         (grad, *_) = cross_entropy_gradients(g, x, target, w, ignored, name, smoothing, z_loss)
         return grad
 
+    def rms_norm_backward(
+        g: Tensor,
+        added: Tensor | None,
+        x: Tensor,
+        r: Tensor,
+        w: Tensor | None,
+        dims: int,
+        eps: float,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        if torch.is_grad_enabled():
+            r = rms_norm.rstd(widen(x), dims, eps)
+        grad_x, grad_w = rms_norm.gradients(g, None, x, w, r, dims, needed)
+        if grad_x is not None:
+            grad_x = like(grad_x if added is None else grad_x + added, x)
+        return given((grad_x, grad_w))
+
+    def layer_norm_backward(
+        g: Tensor,
+        x: Tensor,
+        m: Tensor,
+        r: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
+        dims: int,
+        eps: float,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        if torch.is_grad_enabled():
+            m, r = layer_norm.statistics(widen(x), rms_norm.of_rows(x, dims), eps)
+        return given(layer_norm.gradients(g, None, None, x, m, r, w, b, dims, needed))
+
+    def group_norm_backward(
+        g: Tensor,
+        x: Tensor,
+        m: Tensor,
+        r: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
+        groups: int,
+        eps: float,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        if torch.is_grad_enabled():
+            m, r = group_norm.statistics(x, groups, eps)
+        return given(group_norm.gradients(g, None, None, x, m, r, w, b, groups, needed))
+
     _library = torch.library.Library("torchcalc_nodes", "FRAGMENT")
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Batched"):  # vmap's two kinds too
-        for backward in (differentiable_backward, softmax_backward, cross_entropy_backward):
+        for backward in (
+            differentiable_backward,
+            softmax_backward,
+            cross_entropy_backward,
+            rms_norm_backward,
+            layer_norm_backward,
+            group_norm_backward,
+        ):
             _library.impl(backward.__name__, backward, key)

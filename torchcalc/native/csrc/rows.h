@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "norms.h"
 #include "pointwise.h"
 
 namespace torchcalc {
@@ -30,11 +31,14 @@ struct CrossEntropy {
   int64_t at(int64_t sample) const { return sample / inner * of_outer + sample % inner * of_inner; }
 };
 
+// Of this file and of norms.h.
 struct RowKernels {
   // Writes the statistics, and each sample's loss. False, and nothing of use written, where a target is not a class.
   bool (*cross_entropy)(const CrossEntropy&, double* losses);
   // grad = ∂ℓ/∂logits·r, where r is share[sample], or scale for every sample if share is null. grad lies as the logits.
   void (*cross_entropy_backward)(const CrossEntropy&, const void* share, double scale, char* grad);
+  void (*norm)(const Norm&, char* y, char* sum);
+  void (*norm_backward)(const Norm&, const NormGradient&);
 };
 
 extern const RowKernels row_kernels;

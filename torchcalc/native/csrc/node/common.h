@@ -38,6 +38,9 @@ bool number_of(at::ScalarType type, Number& number) {
   }
 }
 
+// The dtype that kernels compute numbers of this one in.
+at::ScalarType computed(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
 // In memory as it is, with nothing of torch's left to be done to it.
 bool is_array(const Tensor& x) {
   return (x.device().is_cpu() || x.device().is_cuda()) && x.layout() == at::kStrided && !x.is_neg() && !x._is_zerotensor() &&

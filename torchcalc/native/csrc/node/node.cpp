@@ -17,9 +17,11 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <limits>
 
 #include "common.h"
 #include "gpu.h"
+#include "norms.h"
 #include "rows.h"
 #include "rows_gpu.h"
 #include "watch.h"
@@ -720,6 +722,91 @@ PyObject* py_softmax(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// Tensors or None, each plain.
+bool read_optional(PyObject* const* args, Py_ssize_t count, Tensor* to) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    c10::SmallVector<Tensor, max_inputs> read;
+    if (args[i] == Py_None) continue;
+    if (!read_inputs(args + i, 1, read)) return false;
+    to[i] = read[0];
+  }
+  return true;
+}
+
+bool read_shape(PyObject* object, c10::SmallVector<int64_t, 5>& shape) {
+  if (!PyTuple_Check(object) && !PyList_Check(object)) return false;
+  const Py_ssize_t n = PySequence_Fast_GET_SIZE(object);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* const size = PySequence_Fast_GET_ITEM(object, i);
+    if (!PyLong_Check(size)) return false;
+    shape.push_back(PyLong_AsLongLong(size));
+    if (PyErr_Occurred()) throw python_error();
+  }
+  return true;
+}
+
+// rms_norm(input, residual or None, weight or None, normalized_shape, eps or None) -> y; with a residual (y, input + residual)
+PyObject* py_rms_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor given[3];
+  c10::SmallVector<int64_t, 5> shape;
+  if (count != 5 || is_observed() || !read_optional(args, 3, given) || !given[0].defined() || !read_shape(args[3], shape)) {
+    Py_RETURN_NONE;
+  }
+  const double eps = args[4] != Py_None                        ? PyFloat_AsDouble(args[4])
+                     : given[0].scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                             : static_cast<double>(std::numeric_limits<float>::epsilon());
+  if (PyErr_Occurred()) throw python_error();
+  std::pair<Tensor, Tensor> found;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    found = norm(Kind::rms, given[0], given[1], given[2], Tensor(), shape, eps);
+  }
+  auto& [y, sum] = found;
+  if (!y.defined()) Py_RETURN_NONE;
+  if (!sum.defined()) return THPVariable_Wrap(std::move(y));
+  return pybind11::make_tuple(std::move(y), std::move(sum)).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+// layer_norm(input, weight or None, bias or None, normalized_shape, eps)
+PyObject* py_layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor given[3];
+  c10::SmallVector<int64_t, 5> shape;
+  if (count != 5 || is_observed() || !read_optional(args, 3, given) || !given[0].defined() || !read_shape(args[3], shape)) {
+    Py_RETURN_NONE;
+  }
+  const double eps = PyFloat_AsDouble(args[4]);
+  if (PyErr_Occurred()) throw python_error();
+  Tensor y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = norm(Kind::layer, given[0], Tensor(), given[1], given[2], shape, eps).first;
+  }
+  return wrapped(if_defined(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// group_norm(input, weight or None, bias or None, num_groups, eps)
+PyObject* py_group_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor given[3];
+  if (count != 5 || is_observed() || !read_optional(args, 3, given) || !given[0].defined() || !PyLong_Check(args[3])) {
+    Py_RETURN_NONE;
+  }
+  const int64_t groups = PyLong_AsLongLong(args[3]);
+  const double eps = PyFloat_AsDouble(args[4]);
+  if (PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = group_norm(given[0], given[1], given[2], groups, eps);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 // saved(grad_fn) -> what it keeps for backward, as torch's SavedTensor; None if it is not one of these nodes.
 PyObject* py_saved(PyObject*, PyObject* object) {
   HANDLE_TH_ERRORS
@@ -836,6 +923,9 @@ PyMethodDef methods[] = {
     {"cross_entropy", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_cross_entropy)), METH_FASTCALL, nullptr},
     {"cross_entropy_in_place", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_cross_entropy_in_place)), METH_FASTCALL, nullptr},
     {"softmax", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_softmax)), METH_FASTCALL, nullptr},
+    {"rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_rms_norm)), METH_FASTCALL, nullptr},
+    {"layer_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_layer_norm)), METH_FASTCALL, nullptr},
+    {"group_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_group_norm)), METH_FASTCALL, nullptr},
     {"saved", py_saved, METH_O, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},
     {"connect", py_connect, METH_O, nullptr},
@@ -858,6 +948,15 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit_torchcalc_nod
 TORCH_LIBRARY(torchcalc_nodes, m) {
   m.def("differentiable_backward(str formula, Tensor grad, Tensor?[] saved, float[] numbers, bool[] needed) -> Tensor[]");
   m.def("softmax_backward(Tensor grad, Tensor output, int dim, bool log) -> Tensor");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor? added, Tensor input, Tensor rstd, Tensor? weight, int dims, float eps, "
+      "bool[] needed) -> Tensor[]");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int dims, float eps, "
+      "bool[] needed) -> Tensor[]");
+  m.def(
+      "group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int groups, "
+      "float eps, bool[] needed) -> Tensor[]");
   m.def(
       "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, int ignored, int reduction, "
       "float smoothing, float z_loss) -> Tensor");

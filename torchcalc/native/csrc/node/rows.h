@@ -27,8 +27,6 @@ struct Ways {
   bool by_row() const { return reduction == none || reduction == wide; }
 };
 
-at::ScalarType computed(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
-
 // The logits as (outer, classes, inner); false where they have to be made contiguous first.
 bool lay_out(const Tensor& x, CrossEntropy& rows) {
   const int64_t axis = x.dim() == 1 ? 0 : 1;
