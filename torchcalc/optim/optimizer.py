@@ -317,7 +317,8 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             self._take_back()
             raise
-        if torch.__future__.get_swap_module_params_on_conversion():
+        # A compiled step has no plans, and Dynamo in torch 2.10 would break the graph at the question.
+        if not torch.compiler.is_compiling() and torch.__future__.get_swap_module_params_on_conversion():
             self._forget_plans()  # module.to() swaps only tensors that nobody else holds, and a bound step holds them
 
     def _step_groups(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
