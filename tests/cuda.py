@@ -1,8 +1,9 @@
 """The tests that a GPU can run: ``make test-cuda``, or ``python3 -m tests.cuda [pytest's arguments]`` anywhere.
 
 It needs torch with its Triton, pytest, and a CUDA device; nothing is installed, and no kernels for the CPU are built. With
-pytest-xdist it takes eight processes. These run there: the kernels' own tests, and the tables of functions and
-optimizers with their tensors on the device. With ``$OUT`` set, the outcome is also in ``$OUT/test-cuda.json``.
+pytest-xdist it takes up to sixteen processes. These run there: the kernels' own tests, and the tables of functions and
+optimizers with their tensors on the device. With ``$OUT`` set, the outcome is also in
+``$OUT/test-cuda.json``, and what failed, as it fails, in ``$OUT/test-cuda-failures.txt``.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ def pytest_runtest_logreport(report: Any) -> None:
         _outcomes[report.outcome] += 1
         if report.outcome == "failed":
             _failed.append(report.nodeid)
+            if out := os.environ.get("OUT"):
+                with Path(out, "test-cuda-failures.txt").open("a") as file:
+                    file.write(f"{report.nodeid}\n{report.longreprtext[-2000:]}\n\n")
 
 
 def main() -> int:
@@ -83,7 +87,7 @@ def main() -> int:
     ]
     arguments += ["--no-header", "--disable-warnings", "--maxfail=200", "--tb=short"]
     if importlib.util.find_spec("xdist"):
-        arguments += ["-n", str(min(8, os.cpu_count() or 1))]
+        arguments += ["-n", str(min(16, os.cpu_count() or 1))]
     os.chdir(ROOT)
     sys.modules["tests.cuda"] = sys.modules[__name__]  # the plugin is this module, and counts here
     code = int(pytest.main([*arguments, *(sys.argv[1:] or FILES)]))

@@ -2,9 +2,10 @@
 
 Derivation.  tanh' = 1 - tanh² (tanh.py), and the inner derivative 1/c meets the factor c:
 
-    y' = 1 - (y/c)².                                                              (1)
+    y' = 1 - tanh²(x/c).                                                          (1)
 
-The map is elementwise, J = diag(y') = Jᵀ: backward and jvp are the same product. Saves y.
+The map is elementwise, J = diag(y') = Jᵀ: backward and jvp are the same product. Saves x, since of a y of 16 bits that is near c
+the difference to c is lost.
 
 Reference: Bello et al. 2016, arXiv:1611.09940 (as C·tanh(u)); Gemma Team 2024, "Gemma 2", arXiv:2408.00118.
 """
@@ -22,8 +23,8 @@ def value(x: Term, *, cap: float) -> Term:
     return (x / cap).tanh() * cap
 
 
-def slope(y: Term, g: Term, *, cap: float) -> Term:
-    t = y / cap
+def slope(x: Term, g: Term, *, cap: float) -> Term:
+    t = (x / cap).tanh()
     return g * (1 - t * t)  # (1) times g
 
 
