@@ -309,7 +309,8 @@ def half_precision(row: Row) -> None:
             small = tuple(x.to(dtype) if is_float(x) else x for x in scaled)
             exact = tuple(x.double() if is_float(x) else x for x in small)
             truth = gradients(row.stock, exact, row.grads, 1 + k / 37)
-            mine, theirs = (gradients(f, small, row.grads, 1 + k / 37) for f in (row.ours, row.stock))
+            twin = row.half_stock or row.stock
+            mine, theirs = (gradients(f, small, row.grads, 1 + k / 37) for f in (row.ours, twin))
             assert [t.dtype for t in mine] == [t.dtype for t in theirs]
             ours = tuple(
                 e + (t.double() - true).abs().sum().item() for e, t, true in zip(ours, mine, truth, strict=True)

@@ -157,7 +157,8 @@ def test_every_path_is_within_one_ulp_a_step(
         optimizer = build(cls, copies, hyper, **options)
         for p, copied in zip(params, copies, strict=True):
             optimizer.state[copied] = {
-                key: x.clone() if key in NUMBERS else x.to(at, to, copy=True) for key, x in warm.state[p].items()
+                key: (x.clone() if at == device else x.to(at)) if key in NUMBERS else x.to(at, to, copy=True)
+                for key, x in warm.state[p].items()
             }
         run(optimizer, [[g.to(at, to) for g in step if g is not None] for step in grads])
         return [p.cpu() for p in copies], [{k: x.cpu() for k, x in optimizer.state[p].items()} for p in copies]

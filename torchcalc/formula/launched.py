@@ -95,21 +95,21 @@ def reduced(formula: Formula) -> Callable[..., Tensor | None]:
     class Launched(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, scale: float, weight: Tensor | None, *args: Any) -> Tensor:
-            ctx.scale, ctx.numbers, ctx.weight = scale, args[n:], weight
-            ctx.save_for_backward(*args[:n])
+            ctx.scale, ctx.numbers = scale, args[n:]
+            ctx.save_for_backward(*args[:n], weight)
             if weight is None:
                 return launch_loss(formula, args[:n], args[n:], scale=scale)
             return launch_loss(by_weight, [*args[:n], weight], args[n:], scale=scale)
 
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-            inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2 : 2 + n]
+            (*inputs, weight), needed = ctx.saved_tensors, ctx.needs_input_grad[2 : 2 + n]
             if torch.is_grad_enabled() or not fits([g]):
-                each = g * ctx.scale if ctx.weight is None else g * ctx.scale * ctx.weight
+                each = g * ctx.scale if weight is None else g * ctx.scale * weight
                 known = dict(zip(formula.inputs, inputs, strict=True))
                 grads = differentiable(formula, each, known, ctx.numbers, needed)
             else:
-                f, saved = (formula, inputs) if ctx.weight is None else (by_weight, (*inputs, ctx.weight))
+                f, saved = (formula, inputs) if weight is None else (by_weight, (*inputs, weight))
                 grads = [
                     launch_loss_product(
                         f, i, g, _used(f, i, saved), ctx.numbers, scale=ctx.scale, dtype=inputs[i].dtype

@@ -11,8 +11,8 @@ memory, in which G has replaced Z, serves the next chunk. Under sum and mean G i
 above, before backward begins: forward computes (1) for the number 1, and backward multiplies. What comes in under
 ``reduction="none"`` is a number for each token, which forward cannot know: there backward computes each chunk again.
 
-Saves X, W and the gradients (1), of those arguments alone that need one. float16 and bfloat16 gradients of W and b are added
-up in float32.
+Saves X, W and the gradients (1), of those arguments alone that need one. Those of float16 and bfloat16 are added up in float32,
+multiplied, and rounded once.
 
 What is differentiated again, transformed or traced is cross_entropy(linear(X, W, b), target) itself, with its logits.
 
@@ -185,8 +185,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             return *(next(found) if need else None for need in needed), *nothing
         if terms.reduction == "none":
             share = widen(g) if u is None else widen(g) * u
-            return *run(x, w, b, terms, ctx.chunk, share, needed)[1], *nothing
-        return *(None if grad is None else grad * g for grad in grads), *nothing
+            grads = [None if a is None else a.to(x.dtype) for a in run(x, w, b, terms, ctx.chunk, share, needed)[1]]
+            return *grads, *nothing
+        return *(None if grad is None else scaled(grad, g, x.dtype) for grad in grads), *nothing
 
 
 def run(
@@ -203,7 +204,7 @@ def run(
     need_x, need_w, need_b = (share is not None and need for need in needed)
     classes, samples, wide = len(w), len(x), widen(x).dtype
     even_w, even_b = even(w), None if b is None else even(b)
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    grad_x = torch.empty(x.shape, dtype=wide, device=x.device) if need_x else None
     grad_w = torch.empty(even_w.shape, dtype=wide, device=w.device) if need_w else None
     grad_b = torch.zeros(classes, dtype=wide, device=w.device) if need_b else None
     room = torch.empty((min(chunk, samples), len(even_w)), dtype=x.dtype, device=x.device)
@@ -230,16 +231,20 @@ def run(
             whole = uncap(whole, uncapped, terms.softcap)
         losses.append(each)
         if grad_x is not None:
-            torch.mm(whole, even_w, out=grad_x[start:stop])
+            add_product_(grad_x[start:stop], whole, even_w, first=True)
         if grad_w is not None:
             add_product_(grad_w, whole.t(), here, first=start == 0)
         if grad_b is not None:
             grad_b += z.sum(0, dtype=wide)
-    whole = z = room = None  # type: ignore[assignment]  # before memory is taken for what is returned
-    grads = [
-        None if a is None else a.to(x.dtype) for a in (grad_x, None if grad_w is None else grad_w[:classes], grad_b)
-    ]
+    grads = [grad_x, None if grad_w is None else grad_w[:classes], grad_b]
     return torch.cat(losses), grads, [torch.cat(each) for each in zip(*looks, strict=True)]
+
+
+def scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad·g, rounded once."""
+    if grad.dtype == dtype:
+        return grad * g
+    return torch.mul(grad, g, out=torch.empty(grad.shape, dtype=dtype, device=grad.device))
 
 
 def uncap(g: Tensor, x: Tensor, cap: float) -> Tensor:

@@ -42,7 +42,7 @@ class Memory:
 
     def __init__(self, before: Memory | None = None) -> None:
         self.plans: dict[tuple[int, bytes], Plan | None] = {}  # by group, and by which parameters have a gradient
-        self.counters: dict[tuple[int, torch.device], Counter] = {}
+        self.counters: dict[tuple[Any, ...], Counter] = {}  # by group, device, and key unless it is the step
         self.controls: dict[torch.device, Control] = {}
         self.last: dict[int, Plan] = {}  # by group: that of the last step
         self.states: list[dict[str, Any]] = []
@@ -187,7 +187,7 @@ def _plan(optimizer: Any, memory: Memory, index: int, group: dict[str, Any], ski
     params, pattern = group["params"], b""
     found = [p.grad for p in params]
     grads = [g for g in found if g is not None]
-    if not grads or not _is_recorded(optimizer):
+    if not grads or (skips and _counts_itself(optimizer)):
         return None
     if len(grads) != len(params):
         pattern = bytes([g is not None for g in found])
@@ -223,9 +223,9 @@ def _uses_first(optimizer: Any) -> bool:
     return "torchcalc.optim.optimizer" != getattr(advance, "__module__", "")
 
 
-def _is_recorded(optimizer: Any) -> bool:
-    """Whether a kernel can count the rule's steps: not those of NAdam and ASGD, which keep other numbers beside."""
-    return not (optimizer.counts_steps and _uses_first(optimizer))
+def _counts_itself(optimizer: Any) -> bool:
+    """Whether the rule keeps other numbers beside its steps, as NAdam and ASGD do: a kernel cannot count for it."""
+    return bool(optimizer.counts_steps and _uses_first(optimizer))
 
 
 class Batch:
@@ -299,7 +299,8 @@ class Plan:
         entries: list[Any],
         keys: tuple[str, ...],
     ) -> None:
-        self.keys, self.counts = keys, optimizer.counts_steps
+        self.keys, self.counts_itself = keys, _counts_itself(optimizer)
+        self.counts = optimizer.counts_steps and not self.counts_itself
         self.options = _options(group)
         self.rest: list[int] = []
         batches: dict[Any, list[int]] = {}
@@ -314,13 +315,18 @@ class Plan:
             Batch([entries[i] for i in places], places, key[-1]) for key, places in batches.items()
         ]
         self.counters: dict[torch.device, Counter] = {}
+        self.scalars: dict[str, Counter] = {}  # of a rule that counts itself; and what they are after this step
+        self.next: dict[str, Tensor] = {}
+        kept = tuple(optimizer.scalars) if self.counts_itself else ("step",) * self.counts
         if self.counts:
             self._count(optimizer, memory, index, group, entries)
+        elif self.counts_itself:
+            self._keep(optimizer, memory, index, group, entries)
         self.params = [e.p for e in entries]
         self.states = [e.state for e in entries]
         taken = sorted(i for batch in self.batches for i in batch.places)
         self.taken = taken if self.rest else None  # None for all
-        with_step = (*keys, "step") if self.counts else keys
+        with_step = (*keys, *kept)
         self.read = itemgetter(*with_step) if len(with_step) > 1 else lambda state: [state[k] for k in with_step]
         self.objects = list(self._objects(self.params))
         self.fixed = [t for i in taken for t in (entries[i].p, *entries[i].slots)]
@@ -356,6 +362,23 @@ class Plan:
             self.counters[batch.device] = counter
             batch.steps = torch.tensor(places, dtype=torch.int32, device="cpu").to(batch.device)
             batch.step_places = places
+
+    def _keep(self, optimizer: Any, memory: Memory, index: int, group: dict[str, Any], entries: list[Any]) -> None:
+        """Likewise with all numbers of a rule that counts itself, on the host; where they are not, the rule does the group."""
+        numbers = [e.state[key] for e in entries for key in optimizer.scalars]
+        if self.rest or len(self.batches) != 1 or not all(x.is_cpu and not x.requires_grad for x in numbers):
+            self.batches = []
+            return
+        (batch,) = self.batches
+        order = {id(p): i for i, p in enumerate(group["params"])}
+        batch.step_places = [order[id(entries[i].p)] for i in batch.places]
+        for key in optimizer.scalars:
+            dtype, known = entries[0].state[key].dtype, (index, batch.device, key)
+            counter = memory.counters.get(known)
+            if counter is None or not counter.fits(len(order), False, dtype):
+                counter = memory.counters[known] = Counter(len(order), batch.device, dtype, False)
+            counter.take_in(batch.step_places, [entries[i].state for i in batch.places], key)
+            self.scalars[key] = counter
 
     def _objects(self, params: list[Tensor]) -> Iterable[Any]:
         return chain(params, chain.from_iterable(map(self.read, self.states)))
@@ -420,6 +443,13 @@ class Plan:
         arguments = optimizer.hyper(group)
         if self.counts:
             arguments["t"] = 1.0
+        elif self.counts_itself:
+            places = self.batches[0].step_places
+            if not all(c.is_one() and len(c.active) == len(places) for c in self.scalars.values()):
+                raise Unfit
+            place = places[0]
+            self.next = {key: counter.views[place].clone() for key, counter in self.scalars.items()}
+            arguments |= optimizer.advance(self.next, group, arguments, False)
         elif _uses_first(optimizer):
             own = optimizer.advance({}, group, arguments, False)
             if own.keys() != {"first"}:
@@ -454,6 +484,8 @@ class Plan:
         counter: Control | None,
     ) -> None:
         way, arguments = values
+        for key, counter_ in self.scalars.items():
+            counter_.put(self.next[key])
         times: dict[torch.device, float | Tensor] = {}
         for device, steps in self.counters.items():
             batches = [batch for batch in self.batches if batch.device == device]
@@ -563,7 +595,7 @@ def _way(optimizer: Any, slots: tuple[str, ...], arguments: dict[str, Any], type
 
 
 class Counter:
-    """The step counts of a group's parameters on a device: views of one vector."""
+    """The step counts of a group's parameters on a device, or other numbers of its state: views of one vector."""
 
     def __init__(self, length: int, kernels_on: torch.device, dtype: torch.dtype, on_device: bool) -> None:
         self.vector = torch.zeros(length, dtype=dtype, device=kernels_on if on_device else "cpu")
@@ -576,24 +608,37 @@ class Counter:
     def fits(self, length: int, on_device: bool, dtype: torch.dtype) -> bool:
         return len(self.views) == length and self.on_device == on_device and self.vector.dtype == dtype
 
-    def take_in(self, places: list[int], states: list[dict[str, Any]]) -> None:
+    def take_in(self, places: list[int], states: list[dict[str, Any]], key: str = "step") -> None:
         for i, state in zip(places, states, strict=True):
-            if state["step"] is not self.views[i]:
-                self.views[i].copy_(state["step"])
-                state["step"] = self.views[i]
+            if state[key] is not self.views[i]:
+                self.views[i].copy_(state[key])
+                state[key] = self.views[i]
         self.active.update(places)
         self.version = -1
+
+    def is_one(self) -> bool:
+        """Whether all active ones are the same number."""
+        if self.version != self.vector._version or self.time is None:
+            values = self.vector.tolist()
+            times = {values[i] for i in self.active}
+            self.time = times.pop() if len(times) == 1 else None
+            self.version = self.vector._version
+        return self.time is not None
+
+    def put(self, value: Tensor) -> None:
+        """Set all active ones."""
+        if len(self.active) == len(self.views):
+            self.vector.copy_(value)
+        else:
+            self.vector[torch.tensor(sorted(self.active), device="cpu")] = value
+        self.time, self.version = value.item(), self.vector._version
 
     def count(self, places: list[int]) -> float | Tensor:
         """t of this step for all these; or the vector, where a kernel counts, or where they differ."""
         if self.on_device:
             return self.vector
-        whole = len(places) == len(self.active)
-        if self.version != self.vector._version or self.time is None:
-            values = self.vector.tolist()
-            times = {values[i] for i in self.active}
-            self.time = times.pop() if len(times) == 1 else None
-        if whole and self.time is not None:
+        if self.is_one() and len(places) == len(self.active):
+            assert self.time is not None
             self.time += 1
             if len(self.active) == len(self.views):
                 self.vector.fill_(self.time)  # a third of the time of adding a number
