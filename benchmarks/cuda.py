@@ -31,7 +31,7 @@ from torchcalc.optim import AdamW
 
 Call = Callable[[], Any]
 
-BUDGET = 225.0  # seconds, of which the last rows get what is left
+BUDGET = 175.0  # seconds, of which the last rows get what is left
 
 
 @dataclass

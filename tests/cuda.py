@@ -21,7 +21,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-BUDGET = 220.0  # seconds, after which the tests that are left are not begun
+BUDGET = 175.0  # seconds, after which the tests that are left are not begun
 
 FILES = (
     "tests/optim/on_device.py", "tests/formula/on_device.py", "tests/native/on_device.py", "tests/optim/test_parity.py",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.native.reference import loop_adam
-from torchcalc.native.optim import Bound, adam_
+from torchcalc.native.optim import Bound
 
 ADAM: dict[str, Any] = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True)
 ADAM_CASES: dict[str, dict[str, Any]] = {
@@ -69,6 +69,23 @@ def assert_near(ours: list[Tensor], loop: list[Tensor], scale: list[Tensor]) -> 
         assert bool((ok | (a.isnan() & b.isnan())).all())
 
 
+def adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    maxima: list[Tensor],
+    steps: list[Tensor],
+    **options: Any,
+) -> int:
+    """A step of tensors that are bound for it alone."""
+    return Bound(params, [*exp_avgs, *exp_avg_sqs, *maxima], steps).adam_(grads, **options)
+
+
+def sgd_(params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], **options: Any) -> int:
+    return Bound(params, momentum_buffers).sgd_(grads, **options)
+
+
 class AdamState:
     """Parameters of several shapes in the middle of training."""
 
@@ -89,8 +106,7 @@ class AdamState:
         return [torch.randn_like(p) * 10.0 ** (i % 5 - 2) for i, p in enumerate(self.params)]
 
     def step(self, grads: list[Tensor], **options: Any) -> int:
-        lists = (self.exp_avgs, self.exp_avg_sqs, self.maxima, self.steps)
-        return adam_(self.params, grads, *lists, **{**ADAM, **options})
+        return self.bound().adam_(grads, **{**ADAM, **options})
 
     def bound(self) -> Bound:
         return Bound(self.params, [*self.exp_avgs, *self.exp_avg_sqs, *self.maxima], self.steps)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.native.common import ADAM, SGD, AdamState, same
-from torchcalc.native.optim import DONE, UNSUPPORTED, Bound, adam_, sgd_
+from tests.native.common import ADAM, SGD, AdamState, adam_, same, sgd_
+from torchcalc.native.optim import DONE, UNSUPPORTED, Bound
 
 
 def test_bound_equals_unbound() -> None:
@@ -91,7 +91,7 @@ def test_letting_go_frees_the_tensors() -> None:
 def test_unknown_handles_are_unsupported() -> None:
     step = torch.ops.torchcalc.sgd_bound_.default
     handle = torch.ops.torchcalc.bind.default([torch.randn(3)], [], [])
-    numbers = ([], 0.1, 0.0, 0.0, 0.0, False)
+    numbers = ([], 0.1, 0.0, 0.0, 0.0, False, False, 1.0, None, None)
     assert step(handle, [torch.randn(3)], *numbers) == DONE
     assert torch.ops.torchcalc.unbind.default(handle)
     assert not torch.ops.torchcalc.unbind.default(handle)

@@ -144,7 +144,7 @@ def test_one_warning_at_the_first_function_without_kernels(missing: str, monkeyp
 
 
 def test_importing_loads_nothing() -> None:
-    code = "import torch, torchcalc, torchcalc.native.optim; print(hasattr(torch.ops.torchcalc, 'adam_'))"
+    code = "import torch, torchcalc, torchcalc.native.optim; print(hasattr(torch.ops.torchcalc, 'adam_bound_'))"
     assert run(code) == "False"
 
 
@@ -324,7 +324,7 @@ def test_trouble_while_looking_is_a_reason_not_an_error(monkeypatch: pytest.Monk
 FORK = """
 import os, signal, torch
 from torchcalc import native
-from torchcalc.native.optim import DONE, grad_norm, sgd_
+from torchcalc.native.optim import DONE, Bound, grad_norm
 torch.set_num_threads(2)
 x = torch.randn(600, 600)
 (x @ x).exp()                                         # the parent's pool has threads
@@ -332,7 +332,7 @@ p, g = torch.full((200_000,), 3.0), torch.ones(200_000)
 values = p.numpy()
 def step():
     before = values[0]
-    assert sgd_([p], [g], [], lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False) == DONE
+    assert Bound([p], []).sgd_([g], lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False) == DONE
     assert (values == before - 0.5).all()
     assert grad_norm([g]) == (200_000.0, True)
 if BEFORE:
@@ -402,22 +402,22 @@ WORKERS = """
 import torch
 from torch.utils.data import DataLoader
 from torchcalc import native
-from torchcalc.native.optim import DONE, sgd_
+from torchcalc.native.optim import DONE, Bound
 torch.set_num_threads(2)
 assert native.available(), native.why_not()
 options = dict(lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False)
 p, g = [torch.ones(200_000)], [torch.ones(200_000)]
-assert sgd_(p, g, [], **options) == DONE
+assert Bound(p, []).sgd_(g, **options) == DONE
 class Steps(torch.utils.data.Dataset):
     def __len__(self):
         return 4
     def __getitem__(self, i):
         q = [torch.full((200_000,), float(i))]
-        assert sgd_(q, g, [], **options) == DONE
+        assert Bound(q, []).sgd_(g, **options) == DONE
         return q[0].mean()
 for epoch in range(2):
     print(torch.cat(list(DataLoader(Steps(), num_workers=2, multiprocessing_context="fork"))).tolist())
-    assert sgd_(p, g, [], **options) == DONE
+    assert Bound(p, []).sgd_(g, **options) == DONE
 """
 
 
@@ -430,7 +430,7 @@ def test_data_loader_workers_after_a_step() -> None:
 DIGESTS = """
 import hashlib, torch
 from torchcalc import native
-from torchcalc.native.optim import DONE, adam_, grad_norm, sgd_
+from torchcalc.native.optim import DONE, Bound, grad_norm
 assert native.available(), native.why_not()
 print(torch.ops.torchcalc.instruction_set())
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -440,13 +440,13 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     v[0].abs_(), x[0].abs_()
     print("norm", dtype, *grad_norm(g))
     # One rounding a product: the same with and without fused multiply-adds
-    assert sgd_(q := [p[0].clone()], g, [], lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False) == DONE
+    assert Bound(q := [p[0].clone()], []).sgd_(g, lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False) == DONE
     print("sgd", dtype, hashlib.sha256(q[0].view(torch.uint8).numpy()).hexdigest())
     for seed in (None, 3):
         state = [[t.clone() for t in part] for part in (p, m, v, x)]
         steps = [torch.tensor(2.0)]
         options = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, decoupled=True)
-        assert adam_(state[0], g, *state[1:], steps, **options, seed=seed) == DONE
+        assert Bound(state[0], sum(state[1:], []), steps).adam_(g, **options, seed=seed) == DONE
         digest = hashlib.sha256(b"".join(part[0].view(torch.uint8).numpy().tobytes() for part in state)).hexdigest()
         print("fused", dtype, seed, digest)
 """

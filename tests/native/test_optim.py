@@ -20,14 +20,16 @@ from tests.native.common import (
     SGD_CASES,
     SIZES,
     AdamState,
+    adam_,
     assert_near,
     clones,
     exact,
     named,
     same,
+    sgd_,
 )
 from tests.native.reference import HALF, loop_sgd, textbook_adam, textbook_sgd, ulp
-from torchcalc.native.optim import DONE, SKIPPED, UNSUPPORTED, Bound, adam_, grad_norm, sgd_
+from torchcalc.native.optim import DONE, UNSUPPORTED, Bound, grad_norm
 
 # --- the same bits as torch.optim's loop ------------------------------------------------------------------------------
 
@@ -298,11 +300,9 @@ def test_equal_dense_strides_run_as_they_lie(dtype: torch.dtype, layout: Any) ->
         assert torch.equal(actual, part[0][: len(actual)])
 
 
-@pytest.mark.parametrize("way", ["bound", "unbound"])
-def test_lazy_gradients_mean_what_they_say(way: str) -> None:
+def test_lazy_gradients_mean_what_they_say() -> None:
     def step(p: Tensor, g: Tensor) -> int:
-        options = {**SGD, "lr": 1.0}
-        return Bound([p], []).sgd_([g], **options) if way == "bound" else sgd_([p], [g], [], **options)
+        return sgd_([p], [g], [], **{**SGD, "lr": 1.0})
 
     p = torch.zeros(4)
     assert step(p, torch._neg_view(torch.ones(4))) == DONE  # as the imaginary part of a conjugate
@@ -318,23 +318,6 @@ def test_lazy_gradients_mean_what_they_say(way: str) -> None:
 # --- GradScaler, clipping, the norm -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "first sgd"])
-def test_found_inf_leaves_everything_as_it_was(optimizer: str) -> None:
-    state = AdamState([(20,), (5, 5)], torch.float32)
-    grads = [torch.full_like(p, math.nan) for p in state.params]
-    before = clones(state.all())
-    scaler = dict(grad_scale=torch.tensor(2.0), found_inf=torch.tensor(1.0))
-    if optimizer == "adam":
-        assert state.step(grads, **scaler) == SKIPPED
-    else:
-        first = [0, 1] if optimizer == "first sgd" else []
-        options = {**SGD, "momentum": 0.9}
-        assert sgd_(state.params, grads, state.exp_avgs, first=first, **options, **scaler) == SKIPPED
-    assert same(state.all(), before)
-    scaler["found_inf"] = torch.tensor(0.0)
-    assert state.step(state.grads(), **scaler) == DONE
-
-
 @pytest.mark.parametrize("scale", [65536.0, 3.0, 0.7])
 @pytest.mark.parametrize("dtype", FULL)
 def test_unscaling_equals_the_grad_scaler(dtype: torch.dtype, scale: float) -> None:
@@ -345,7 +328,7 @@ def test_unscaling_equals_the_grad_scaler(dtype: torch.dtype, scale: float) -> N
     inverse = torch.tensor(scale).double().reciprocal().float()  # as in GradScaler.unscale_
     torch._amp_foreach_non_finite_check_and_unscale_(unscaled, torch.zeros(1), inverse)
     kept = clones(grads)
-    assert ours.step(grads, grad_scale=torch.tensor(scale), found_inf=torch.zeros(1)) == DONE
+    assert ours.step(grads, grad_scale=torch.tensor(scale)) == DONE
     assert separate.step(unscaled) == DONE
     assert same(ours.all(), separate.all())
     assert same(grads, kept)
@@ -365,11 +348,10 @@ def test_grad_coef_equals_multiplying_first(dtype: torch.dtype, maximize: bool) 
 @pytest.mark.parametrize(
     "scalar", [torch.tensor(1), torch.ones(2), torch.ones((), device="meta"), torch.ones(1).half()]
 )
-@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
-def test_refuses_other_scaler_tensors(name: str, scalar: Tensor) -> None:
+def test_refuses_other_scaler_tensors(scalar: Tensor) -> None:
     state = AdamState([(5,)], torch.float32)
     before = clones(state.all())
-    assert state.step(state.grads(), **{name: scalar}) == UNSUPPORTED
+    assert state.step(state.grads(), grad_scale=scalar) == UNSUPPORTED
     assert same(state.all(), before)
 
 

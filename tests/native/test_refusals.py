@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.native.common import ADAM, SGD, AdamState, clones, same
-from torchcalc.native.optim import DONE, UNSUPPORTED, adam_, sgd_
+from tests.native.common import ADAM, SGD, AdamState, adam_, clones, same, sgd_
+from torchcalc.native.optim import DONE, UNSUPPORTED
 
 
 def strided(t: Tensor) -> Tensor:

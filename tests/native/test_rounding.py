@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.native.common import ADAM, SGD, AdamState, same
+from tests.native.common import ADAM, SGD, AdamState, adam_, same, sgd_
 from tests.native.reference import HALF, philox, random_bits, ulp
-from torchcalc.native.optim import DONE, adam_, sgd_
+from torchcalc.native.optim import DONE
 
 
 def test_philox_reference_has_the_published_answers() -> None:

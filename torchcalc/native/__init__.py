@@ -13,14 +13,9 @@ tell autograd what was written. Optimizers::
     refused(int handle, Tensor[] grads) -> int[]
     unbind(int handle) -> bool
     adam_bound_(int handle, Tensor[] grads, float lr, float beta1, float beta2, float eps, float weight_decay,
-                bool decoupled, bool maximize=False, float grad_coef=1.0, Tensor? grad_scale=None,
-                Tensor? found_inf=None, int? seed=None) -> int
+                bool decoupled, bool maximize, float grad_coef, Tensor? grad_scale, int? seed) -> int
     sgd_bound_(int handle, Tensor[] grads, int[] first, float lr, float momentum, float dampening, float weight_decay,
-               bool nesterov, bool maximize=False, float grad_coef=1.0, Tensor? grad_scale=None,
-               Tensor? found_inf=None, int? seed=None) -> int
-    adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
-          Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, ... as adam_bound_ from lr on) -> int
-    sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] first, ... from lr on) -> int
+               bool nesterov, bool maximize, float grad_coef, Tensor? grad_scale, int? seed) -> int
     rule_bound_(int handle, Tensor[] grads, int hash, bool counts, float[] scalars, float[] shared, bool maximize,
                 float grad_coef, Tensor? grad_scale, int? seed) -> int
     has_rule(int hash) -> bool

@@ -5,14 +5,13 @@ A step has the meaning of torch.optim's formulas and returns a status:
 - `DONE`: parameters, state and steps are updated. Gradients are never written to.
 - `UNSUPPORTED`: nothing was touched. Some tensor is not a dense CPU tensor, or a parameter, its gradient and its state have
   different sizes or strides, or dtypes without a kernel, or overlap. The Python rule takes it.
-- `SKIPPED`: `found_inf` was not zero, nothing was touched.
 
 Dtypes: gradients have their parameter's; state has the parameter's, or float32 for bfloat16 and float16 parameters; `steps`
 are one-element float32 or float64 tensors. float32 and the half types compute in float32, float64 in float64.
 
 The options of all steps:
 
-- `grad_scale`, `found_inf`: a GradScaler's tensors. The gradient is multiplied by 1/grad_scale, as `unscale_` does.
+- `grad_scale`: a GradScaler's tensor. The gradient is multiplied by 1/grad_scale, as `unscale_` does.
 - `grad_coef`: it is multiplied by this number, e.g. the clip coefficient from `grad_norm`; by both in one product.
 - `seed`: bfloat16 and float16 parameters are rounded stochastically, with bits that depend only on the seed, a parameter's
   place in the list, and an element's place in it. None rounds to nearest.
@@ -32,11 +31,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DONE", "SKIPPED", "UNSUPPORTED", "Bound", "GradNorm", "adam_", "grad_norm", "sgd_"]
+__all__ = ["DONE", "UNSUPPORTED", "Bound", "GradNorm", "grad_norm"]
 
 UNSUPPORTED = 0
 DONE = 1
-SKIPPED = 2
 
 # Kernels write where autograd does not see it: backward through a graph that saved the old weights must raise, as with torch.
 _written = torch._C._increment_version
@@ -95,12 +93,11 @@ class Bound:
         maximize: bool = False,
         grad_coef: float = 1.0,
         grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
         seed: int | None = None,
     ) -> int:
         """One step of Adam, or of AdamW if `decoupled`; returns the status."""
         status: int = self._adam(
-            self._handle, grads, lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_coef, grad_scale, found_inf, seed
+            self._handle, grads, lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_coef, grad_scale, seed
         )  # fmt: skip
         if status == DONE:
             _written(self.params)
@@ -119,7 +116,6 @@ class Bound:
         maximize: bool = False,
         grad_coef: float = 1.0,
         grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
         seed: int | None = None,
     ) -> int:
         """One step of SGD; returns the status.
@@ -128,7 +124,7 @@ class Bound:
         """
         status: int = self._sgd(
             self._handle, grads, first, lr, momentum, dampening, weight_decay, nesterov, maximize, grad_coef, grad_scale,
-            found_inf, seed,
+            seed,
         )  # fmt: skip
         if status == DONE:
             _written(self.params)
@@ -158,66 +154,6 @@ class Bound:
         if status == DONE:
             _written(self.params)
         return status
-
-
-# Without grad mode: torch would look for a derivative of the operator where a parameter requires a gradient.
-@torch.no_grad()
-def adam_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool = False,
-    grad_coef: float = 1.0,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    seed: int | None = None,
-) -> int:
-    """`Bound.adam_` for tensors that are used once. An empty `max_exp_avg_sqs` means no amsgrad."""
-    status: int = torch.ops.torchcalc.adam_.default(
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
-        maximize, grad_coef, grad_scale, found_inf, seed,
-    )  # fmt: skip
-    if status == DONE:
-        _written(params)
-    return status
-
-
-@torch.no_grad()
-def sgd_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    *,
-    first: Sequence[int] = (),
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool = False,
-    grad_coef: float = 1.0,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    seed: int | None = None,
-) -> int:
-    """`Bound.sgd_` for tensors that are used once. `momentum_buffers` is empty without momentum."""
-    status: int = torch.ops.torchcalc.sgd_.default(
-        params, grads, momentum_buffers, first, lr, momentum, dampening, weight_decay, nesterov, maximize, grad_coef,
-        grad_scale, found_inf, seed,
-    )  # fmt: skip
-    if status == DONE:
-        _written(params)
-    return status
 
 
 class GradNorm(NamedTuple):

@@ -135,43 +135,21 @@ Status step(Group& group, const TensorList& grads, const AdamNumbers& a, const S
 
 int64_t adam_bound_(
     int64_t handle, TensorList grads, double lr, double beta1, double beta2, double eps, double weight_decay,
-    bool decoupled, bool maximize, double grad_coef, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-    std::optional<int64_t> seed) {
+    bool decoupled, bool maximize, double grad_coef, std::optional<Tensor> grad_scale, std::optional<int64_t> seed) {
   const std::shared_ptr<Group> group = bound(handle);
   if (!group) return unsupported;
-  return step(
-      *group, grads, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize}, {grad_coef, grad_scale, found_inf, seed});
-}
-
-int64_t adam_(
-    TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList max_exp_avg_sqs,
-    TensorList steps, double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-    bool maximize, double grad_coef, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-    std::optional<int64_t> seed) {
-  const int64_t n = params.size(), maxima = max_exp_avg_sqs.size();
-  if (exp_avgs.size() != n || exp_avg_sqs.size() != n || (maxima != 0 && maxima != n)) return unsupported;
-  exp_avgs.append(std::move(exp_avg_sqs));
-  exp_avgs.append(std::move(max_exp_avg_sqs));
-  Group group(std::move(params), std::move(exp_avgs), std::move(steps));
-  return step(
-      group, grads, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize}, {grad_coef, grad_scale, found_inf, seed});
+  return step(*group, grads, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize}, {grad_coef, grad_scale, seed});
 }
 
 }  // namespace
 }  // namespace torchcalc
 
-#define TC_ADAM_NUMBERS                                                                                     \
-  "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool maximize=False, " \
-  "float grad_coef=1.0, Tensor? grad_scale=None, Tensor? found_inf=None, int? seed=None) -> int"
-
 STABLE_TORCH_LIBRARY_FRAGMENT(torchcalc, m) {
-  m.def("adam_bound_(int handle, Tensor[] grads, " TC_ADAM_NUMBERS);
   m.def(
-      "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, " TC_ADAM_NUMBERS);
+      "adam_bound_(int handle, Tensor[] grads, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool decoupled, bool maximize, float grad_coef, Tensor? grad_scale, int? seed) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torchcalc, CompositeExplicitAutograd, m) {
   m.impl("adam_bound_", TC_BOX(torchcalc::adam_bound_));
-  m.impl("adam_", TC_BOX(torchcalc::adam_));
 }

@@ -103,10 +103,6 @@ Status StepOptions::prepare(bool maximize, StepHyper& out) const {
     if (!describe(grad_scale->get(), Access::read, scalar)) return unsupported;
     out.factor *= static_cast<double>(static_cast<float>(1.0 / scalar.get()));
   }
-  if (found_inf) {
-    if (!describe(found_inf->get(), Access::read, scalar)) return unsupported;
-    if (scalar.get() != 0) return skipped;
-  }
   return done;
 }
 

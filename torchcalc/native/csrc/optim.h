@@ -15,7 +15,7 @@
 
 namespace torchcalc {
 
-enum Status : int64_t { unsupported = 0, done = 1, skipped = 2 };  // skipped: found_inf; 0 and 2 leave everything untouched
+enum Status : int64_t { unsupported = 0, done = 1 };  // unsupported leaves everything untouched
 
 // One parameter's share of a step.
 struct Item {
@@ -68,7 +68,6 @@ class Group {
 struct StepOptions {
   double grad_coef;
   std::optional<Tensor> grad_scale;
-  std::optional<Tensor> found_inf;
   std::optional<int64_t> seed;  // given: round stochastically
 
   // Fills `out`; `done` when there is a step to do. 1/grad_scale is rounded as torch.amp.GradScaler.unscale_ rounds it.

@@ -216,7 +216,7 @@ int64_t rule_bound_(
   if (!group || found == rules().end()) return unsupported;
   return step(
       *group, grads, found->second, {counts, std::move(scalars), std::move(shared)}, maximize,
-      {grad_coef, grad_scale, std::nullopt, seed});
+      {grad_coef, grad_scale, seed});
 }
 
 bool has_rule(int64_t hash) { return rules().count(hash) != 0; }

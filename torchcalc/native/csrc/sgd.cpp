@@ -99,37 +99,23 @@ Status step(
 int64_t sgd_bound_(
     int64_t handle, TensorList grads, std::vector<int64_t> first, double lr, double momentum, double dampening,
     double weight_decay, bool nesterov, bool maximize, double grad_coef, std::optional<Tensor> grad_scale,
-    std::optional<Tensor> found_inf, std::optional<int64_t> seed) {
+    std::optional<int64_t> seed) {
   const std::shared_ptr<Group> group = bound(handle);
   if (!group) return unsupported;
   return step(
       *group, grads, first, {lr, momentum, dampening, weight_decay, nesterov, maximize},
-      {grad_coef, grad_scale, found_inf, seed});
-}
-
-int64_t sgd_(
-    TensorList params, TensorList grads, TensorList momentum_buffers, std::vector<int64_t> first, double lr,
-    double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, double grad_coef,
-    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<int64_t> seed) {
-  Group group(std::move(params), std::move(momentum_buffers), TensorList());
-  return step(
-      group, grads, first, {lr, momentum, dampening, weight_decay, nesterov, maximize},
-      {grad_coef, grad_scale, found_inf, seed});
+      {grad_coef, grad_scale, seed});
 }
 
 }  // namespace
 }  // namespace torchcalc
 
-#define TC_SGD_NUMBERS                                                                                         \
-  "int[] first, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize=False, " \
-  "float grad_coef=1.0, Tensor? grad_scale=None, Tensor? found_inf=None, int? seed=None) -> int"
-
 STABLE_TORCH_LIBRARY_FRAGMENT(torchcalc, m) {
-  m.def("sgd_bound_(int handle, Tensor[] grads, " TC_SGD_NUMBERS);
-  m.def("sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, " TC_SGD_NUMBERS);
+  m.def(
+      "sgd_bound_(int handle, Tensor[] grads, int[] first, float lr, float momentum, float dampening, float weight_decay, "
+      "bool nesterov, bool maximize, float grad_coef, Tensor? grad_scale, int? seed) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torchcalc, CompositeExplicitAutograd, m) {
   m.impl("sgd_bound_", TC_BOX(torchcalc::sgd_bound_));
-  m.impl("sgd_", TC_BOX(torchcalc::sgd_));
 }

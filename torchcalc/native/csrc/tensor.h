@@ -58,7 +58,7 @@ enum class Access { read, write };
 // False, without a word on stderr, for all that is not plain: another device, sparse, another dtype, gaps, storage freed.
 bool describe(AtenTensorHandle tensor, Access access, Dense& out);
 
-// A one-element CPU tensor of float32 or float64 (torch's `step`, `found_inf`, `grad_scale`).
+// A one-element CPU tensor of float32 or float64 (torch's `step`, `grad_scale`).
 struct Scalar {
   void* data = nullptr;
   bool is_double = false;

@@ -37,6 +37,7 @@ struct Watched {
   std::vector<PyObject*> values;        // of the state: those of the keys, in their order,
   std::vector<PyObject*> all_values;    // and all, as they stand
   std::vector<const void*> data;        // of the parameter, then of the slots
+  std::vector<int64_t> param_strides;
   std::vector<int64_t> sizes, strides;  // of the gradient, as what follows
   c10::DispatchKeySet kind;
   at::ScalarType dtype = at::kFloat;
@@ -105,7 +106,10 @@ struct Watch {
  private:
   // The parameter and its state lie where they did.
   bool lies(const Tensor& p, const Watched& w) const {
-    if (p.scalar_type() != w.dtype || p.sizes() != at::IntArrayRef(w.sizes) || p.mutable_data_ptr() != w.data[0]) return false;
+    if (p.scalar_type() != w.dtype || p.sizes() != at::IntArrayRef(w.sizes) ||
+        p.strides() != at::IntArrayRef(w.param_strides) || p.mutable_data_ptr() != w.data[0]) {
+      return false;
+    }
     const bool same = has_values(w.state, w.all_values);
     for (size_t k = 0; k < w.values.size(); ++k) {
       PyObject* const value = w.values[k];
@@ -144,6 +148,7 @@ PyObject* py_watch(PyObject*, PyObject* args) {
     if (w.has_grad) {
       TORCH_CHECK(g.defined(), "a parameter with a state has no gradient");
       w.state = state;
+      w.param_strides = p.strides().vec();
       w.kind = g.key_set();
       w.dtype = g.scalar_type();
       w.sizes = g.sizes().vec();
