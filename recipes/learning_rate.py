@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recipes.cli import RecipeCLI
 from recipes.data import WholeDigits
 from recipes.errors import fail
-from recipes.learning_rate_figure import Run, sweep_figure, sweep_markdown, sweep_table, write_curves
+from recipes.learning_rate_figure import Run, sweep_figures, sweep_markdown, sweep_table, write_curves
 from torchcalc import nn as calc
 from torchcalc.calculus import Curvature, curvature, training_loss
 from torchcalc.convergence import range_test, stability_limit
@@ -118,8 +118,8 @@ class Sweep(LightningModule):
         if isinstance(self.logger, TensorBoardLogger):
             folder = self.logger.log_dir
             write_curves(folder, self.runs, self.sharpness_every)
-            sweep, test = sweep_figure(self.runs, self.range_test), self.range_test.figure()
-            for name, figure in {"learning_rate": sweep, "range_test": test}.items():
+            figures = {**sweep_figures(self.runs, self.range_test), "range_test": self.range_test.figure()}
+            for name, figure in figures.items():
                 figure.savefig(f"{folder}/{name}.png")
                 self.logger.experiment.add_figure(f"figures/{name}", figure, self.global_step)
             self.logger.experiment.add_text("sweep/table", sweep_markdown(self.runs), self.global_step)

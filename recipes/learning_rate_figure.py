@@ -100,15 +100,15 @@ def write_curves(folder: str, runs: Sequence[Run], every: int) -> None:
                 writer.add_scalar("sweep/sharpness", sharpness, i * every)
 
 
-def sweep_figure(runs: Sequence[Run], found: RangeTest) -> Figure:
-    """Draw all curves coloured by label, and the sharpness on the way against the limit; in a size whose text a card shows."""
-    figure = Figure(figsize=(5.6, 6.4), dpi=100, layout="constrained")
-    above, below = figure.subplots(2)
-    for ax in (above, below):
+def sweep_figures(runs: Sequence[Run], found: RangeTest) -> dict[str, Figure]:
+    """All curves coloured by label, and the sharpness on the way against the limit; in a size whose text a card shows."""
+    figures = {}
+    for name in ("learning_rate", "sharpness"):
+        figures[name] = figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+        ax = figure.subplots()
         quiet(ax)
-    draw_curves(above, runs)
-    draw_sharpness(below, runs, found)
-    return figure
+        draw_curves(ax, runs) if name == "learning_rate" else draw_sharpness(ax, runs, found)
+    return figures
 
 
 def draw_curves(ax: Axes, runs: Sequence[Run]) -> None:

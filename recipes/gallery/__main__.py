@@ -25,7 +25,7 @@ LARGEST = 150_000  # bytes
 SHOWN = {
     "descent": ["contours/rosenbrock", "gap_log10/rosenbrock", "gap_log10/himmelblau", "learning_rate/sweep"],
     "depth": ["accuracy/200 layers", "first_gradient_log10/200 layers", "figures/depth", "figures/gradient_norm"],
-    "learning_rate": ["figures/learning_rate", "figures/range_test", "sweep/loss_log10", "sweep/sharpness"],
+    "learning_rate": ["figures/learning_rate", "figures/sharpness", "figures/range_test", "sweep/loss_log10"],
 }
 
 
