@@ -219,7 +219,7 @@ TORCHCALC = [
             ("silu", F.silu),
             ("mish", F.mish),
             ("softplus", F.softplus),
-            ("elu", F.elu),
+            ("elu", stock.elu),
             ("leaky_relu", F.leaky_relu),
             ("logsigmoid", F.logsigmoid),
             ("glu", F.glu),
