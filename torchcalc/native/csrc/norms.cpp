@@ -5,6 +5,7 @@
 
 #include "parallel.h"
 #include "rows.h"
+#include "widened.h"
 
 namespace torchcalc {
 namespace {
@@ -15,17 +16,6 @@ constexpr int64_t together = 32;  // rows whose part of a weight's gradient is s
 constexpr int64_t most = 64;      // blocks of rows, each with its sums in double
 constexpr int64_t fewest = 8;     // rows of a block, and blocks, as far as there are rows
 constexpr int64_t serial = 32 * 1024;  // elements for which no second thread pays
-
-template <class Stored, class T>
-TC_INLINE const T* widened(const Stored* from, int64_t n, T* buffer) {
-  if constexpr (std::is_same_v<Stored, T>) {
-    return from;
-  } else {
-    TC_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) buffer[i] = load(from[i]);
-    return buffer;
-  }
-}
 
 // What widened has returned.
 template <class Stored, class T>

@@ -5,6 +5,7 @@
 
 #include "math.h"
 #include "parallel.h"
+#include "widened.h"
 
 namespace torchcalc {
 namespace {
@@ -58,32 +59,6 @@ struct Job {
 template <class T>
 TC_INLINE T select_times(T q, T x) {  // where 0·∞ = 0
   return q == T(0) ? T(0) : q * x;
-}
-
-// Numbers of a row or a class: as they lie, where that is side by side as T, or in a buffer.
-template <class Stored, class T>
-TC_INLINE const T* widened(const Stored* from, int64_t n, T* buffer, int64_t stride = 1) {
-  if (stride != 1) {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(load(from[i * stride]));
-    return buffer;
-  }
-  if constexpr (std::is_same_v<Stored, T>) {
-    return from;
-  } else {
-    TC_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) buffer[i] = load(from[i]);
-    return buffer;
-  }
-}
-
-template <class Stored, class T>
-TC_INLINE void narrowed(const T* from, int64_t n, Stored* to, int64_t stride = 1) {
-  if (stride != 1) {
-    for (int64_t i = 0; i < n; ++i) store(to[i * stride], from[i]);
-    return;
-  }
-  TC_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
 }
 
 // Of floats compilers vectorise no maximum, since that of NaN and of zeros depends on the order; of integers they do. A
