@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -259,3 +259,46 @@ def test_a_group_that_was_removed_is_not_held(case: Case) -> None:
     assert [r() for r in gone] == [None] * len(gone)
     set_gradients(params, [torch.ones(3)])
     optimizer.step()
+
+
+def moved(p: nn.Parameter, state: dict[str, Any]) -> None:
+    p.data = p.data.clone()
+
+
+def turned(p: nn.Parameter, state: dict[str, Any]) -> None:
+    p.data = p.data.t()
+
+
+def written(p: nn.Parameter, state: dict[str, Any]) -> None:
+    p.data.mul_(2)
+
+
+def swapped(p: nn.Parameter, state: dict[str, Any]) -> None:
+    other = nn.Parameter(p.detach().clone())
+    assert p.grad is not None
+    other.grad = p.grad.clone()
+    torch.utils.swap_tensors(p, other)
+
+
+def replaced(p: nn.Parameter, state: dict[str, Any]) -> None:
+    state.update({key: x * 0.5 for key, x in state.items() if isinstance(x, Tensor) and x.dim()})
+
+
+def frozen(p: nn.Parameter, state: dict[str, Any]) -> None:
+    p.grad = None
+
+
+@pytest.mark.parametrize("change", [moved, turned, written, swapped, replaced, frozen])
+@each()
+def test_what_may_change_between_steps(case: Case, change: Callable[[nn.Parameter, dict[str, Any]], None]) -> None:
+    ends = []
+    for options in ({}, {"foreach": False}):
+        params = parameters(shapes=((6, 6), (5,)))
+        optimizer = build(case.cls, params, case.configs[0], **options)
+        for step, grads in enumerate(gradients(params, 6, missing=False)):
+            set_gradients(params, grads)
+            if step == 3:
+                change(params[0], optimizer.state.get(params[0], {}))
+            optimizer.step()
+        ends.append([p.detach() for p in params])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
