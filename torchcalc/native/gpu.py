@@ -202,12 +202,11 @@ class Kernel:
             return self._first_launch(device, programs, tensors, numbers)
         hooks = _triton.knobs.runtime
         enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler wants to see the launch
-            return self._launch_slowly(device, programs, tensors, numbers)
-        launchable = self._launchable.get(device.index)
+        seen = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)  # a profiler wants to see the launch
+        launchable = None if seen else self._launchable.get(device.index)
         if launchable is not None and _nodes.launch(launchable, device.index, programs, tensors, numbers):
             return
-        if device.index != torch._C._cuda_getDevice():
+        if seen or device.index != torch._C._cuda_getDevice():
             with torch.cuda.device(device.index):
                 return self._launch_slowly(device, programs, tensors, numbers)
         run, function, metadata = compiled
