@@ -51,6 +51,15 @@ class Memory:
         if before is not None:
             self.captured = [*before.captured, before.controls]
 
+    def counter(
+        self, key: tuple[Any, ...], length: int, device: torch.device, dtype: torch.dtype, on_device: bool
+    ) -> Counter:
+        """The one of that key, made anew where it does not fit."""
+        found = self.counters.get(key)
+        if found is None or not found.fits(length, on_device, dtype):
+            found = self.counters[key] = Counter(length, device, dtype, on_device)
+        return found
+
     def forget(self) -> None:
         """Drop the plans."""
         self.plans.clear()
@@ -354,10 +363,8 @@ class Plan:
         for batch in self.batches:
             ours = [entries[i] for i in batch.places]
             places = [order[id(e.p)] for e in ours]
-            counter = memory.counters.get((index, batch.device))
             dtype = ours[0].state["step"].dtype
-            if counter is None or not counter.fits(len(order), on_device, dtype):
-                counter = memory.counters[index, batch.device] = Counter(len(order), batch.device, dtype, on_device)
+            counter = memory.counter((index, batch.device), len(order), batch.device, dtype, on_device)
             counter.take_in(places, [e.state for e in ours])
             self.counters[batch.device] = counter
             batch.steps = torch.tensor(places, dtype=torch.int32, device="cpu").to(batch.device)
@@ -373,10 +380,8 @@ class Plan:
         order = {id(p): i for i, p in enumerate(group["params"])}
         batch.step_places = [order[id(entries[i].p)] for i in batch.places]
         for key in optimizer.scalars:
-            dtype, known = entries[0].state[key].dtype, (index, batch.device, key)
-            counter = memory.counters.get(known)
-            if counter is None or not counter.fits(len(order), False, dtype):
-                counter = memory.counters[known] = Counter(len(order), batch.device, dtype, False)
+            dtype = entries[0].state[key].dtype
+            counter = memory.counter((index, batch.device, key), len(order), batch.device, dtype, False)
             counter.take_in(batch.step_places, [entries[i].state for i in batch.places], key)
             self.scalars[key] = counter
 
