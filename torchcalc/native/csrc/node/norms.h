@@ -95,23 +95,39 @@ struct NormArrays {
   Tensor computed_of(const Tensor& w) const { return w.defined() ? w.to(computed(x.scalar_type())).contiguous() : w; }
 };
 
-// rms_norm(x), add_rms_norm(x, residual), whose x here is the sum, or layer_norm(x), which alone has a mean.
-struct NormBackward : public KernelNode {
+// What every norm keeps.
+struct AnyNormBackward : public KernelNode {
   SavedVariable saved_x, saved_weight, saved_bias;
   Tensor mean, rstd;
-  int64_t dims = 1;
   double eps = 0;
-  bool has_weight = false, has_bias = false, has_residual = false;
-
-  std::string name() const override {
-    return mean.defined() ? "LayerNormFunctionBackward" : has_residual ? "AddRMSNormFunctionBackward" : "RMSNormFunctionBackward";
-  }
+  bool has_weight = false, has_bias = false;
 
   std::vector<SavedVariable*> kept() override {
     std::vector<SavedVariable*> all{&saved_x};
     if (has_weight) all.push_back(&saved_weight);
     if (has_bias) all.push_back(&saved_bias);
     return all;
+  }
+
+  // All but x.
+  void keep(const Tensor& weight, const Tensor& bias, Tensor&& m, Tensor&& r, double e) {
+    has_weight = weight.defined();
+    has_bias = bias.defined();
+    if (has_weight) saved_weight = SavedVariable(weight, false);
+    if (has_bias) saved_bias = SavedVariable(bias, false);
+    mean = std::move(m);
+    rstd = std::move(r);
+    eps = e;
+  }
+};
+
+// rms_norm(x), add_rms_norm(x, residual), whose x here is the sum, or layer_norm(x), which alone has a mean.
+struct NormBackward : public AnyNormBackward {
+  int64_t dims = 1;
+  bool has_residual = false;
+
+  std::string name() const override {
+    return mean.defined() ? "LayerNormFunctionBackward" : has_residual ? "AddRMSNormFunctionBackward" : "RMSNormFunctionBackward";
   }
 
   variable_list apply(variable_list&& incoming) override {
@@ -225,14 +241,8 @@ std::pair<Tensor, Tensor> norm(
     auto node = make_node<NormBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(x, residual, weight, bias));
     node->dims = dims;
-    node->eps = eps;
-    node->mean = std::move(mean);
-    node->rstd = std::move(rstd);
+    node->keep(weight, bias, std::move(mean), std::move(rstd), eps);
     node->has_residual = residual.defined();
-    node->has_weight = weight.defined();
-    node->has_bias = bias.defined();
-    if (node->has_weight) node->saved_weight = SavedVariable(weight, false);
-    if (node->has_bias) node->saved_bias = SavedVariable(bias, false);
     torch::autograd::set_history(y, node);
     if (sum.defined()) torch::autograd::set_history(sum, node);
     node->saved_x = sum.defined() ? SavedVariable(sum, true) : SavedVariable(x, false);
@@ -258,21 +268,10 @@ Tensor weight_for_groups(const Tensor& w, const Tensor& b, const Tensor& x) {
   return at::ones({x.size(1)}, x.options().dtype(half ? at::kFloat : x.scalar_type()));
 }
 
-struct GroupNormBackward : public KernelNode {
-  SavedVariable saved_x, saved_weight, saved_bias;
-  Tensor mean, rstd;
+struct GroupNormBackward : public AnyNormBackward {
   int64_t groups = 1;
-  double eps = 0;
-  bool has_weight = false, has_bias = false;
 
   std::string name() const override { return "GroupNormFunctionBackward"; }
-
-  std::vector<SavedVariable*> kept() override {
-    std::vector<SavedVariable*> all{&saved_x};
-    if (has_weight) all.push_back(&saved_weight);
-    if (has_bias) all.push_back(&saved_bias);
-    return all;
-  }
 
   variable_list apply(variable_list&& incoming) override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -318,14 +317,8 @@ std::optional<Tensor> group_norm(const Tensor& x, const Tensor& weight, const Te
     auto node = make_node<GroupNormBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
     node->groups = groups;
-    node->eps = eps;
-    node->mean = std::move(mean);
-    node->rstd = std::move(rstd);
+    node->keep(weight, bias, std::move(mean), std::move(rstd), eps);
     node->saved_x = SavedVariable(x, false);
-    node->has_weight = weight.defined();
-    node->has_bias = bias.defined();
-    if (node->has_weight) node->saved_weight = SavedVariable(weight, false);
-    if (node->has_bias) node->saved_bias = SavedVariable(bias, false);
     torch::autograd::set_history(y, node);
   }
   return y;
