@@ -48,7 +48,7 @@ class Slopes:
     Attributes:
         value: the slope.
         error: its error bar; infinite where f was not finite.
-        left, right: the one-sided slopes.
+        left, right: the one-sided slopes; NaN where they have no limit.
         kink: where these differ, so that value means nothing.
         gap: by how much they differ, or 0.
         step: the h of the shortest difference that value was made of.
@@ -129,10 +129,12 @@ def extrapolate(plus: Tensor, minus: Tensor, center: Tensor, h: Tensor, noise: T
     jump = (change[-1] > 0.5 * change[middle]) & (change[-1] > 64 * noise[-1])
     kink = (gap > 16 * noise[-1] / h[-1] + 1e-3 * gaps[1].abs()) | jump  # (4)
     kink = kink & ((gap > 16 * e[-1] / h[-1]) | jump)
-    sides = torch.finfo(center.dtype).eps ** (1 / 3)
-    k = max(1, min(int((h / h[:1] * 0.25 > sides).reshape(len(h), -1).all(1).sum()), ladder - 1))
-    left, right = ((side[k - 1 : k + 1] - center) / h[k - 1 : k + 1] for side in (minus, plus))
-    return Slopes(value, error, left[0] - 2 * left[1], 2 * right[1] - right[0], kink, torch.where(kink, gap, 0), step)
+    short = torch.finfo(center.dtype).eps ** (1 / 3)
+    k = max(1, min(int((h / h[:1] * 0.25 > short).reshape(len(h), -1).all(1).sum()), ladder - 1))
+    coarse, fine = (torch.stack([center - minus[i], plus[i] - center]) / h[i] for i in (k - 1, k))
+    sides = torch.where((fine - coarse).abs() <= 0.4 * fine.abs(), 2 * fine - coarse, torch.nan)
+    sides = torch.where((fine == 0) & (coarse == 0), 0, sides)
+    return Slopes(value, error, sides[0], sides[1], kink, torch.where(kink, gap, 0), step)
 
 
 def precision(values: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ def ladder(dtype: torch.dtype) -> list[float]:
     return halving(0.25, torch.finfo(dtype).eps ** 0.5)
 
 
-def rounding(plus: Tensor, minus: Tensor, apart: int) -> Tensor:
+def rounding(plus: Tensor, minus: Tensor, apart: int, least: float) -> Tensor:
     """The rounding error of f from its values at x ± h; that of float32 shows only where steps are short enough."""
-    size = torch.maximum(plus.abs(), minus.abs()).nan_to_num(0, 0)
+    size = torch.maximum(plus.abs(), minus.abs()).nan_to_num(0, 0).clamp(min=least)
     return (precision(torch.cat([plus, minus])) if apart == 1 else torch.finfo(size.dtype).eps) * size
 
 
@@ -48,13 +48,15 @@ def rough(slopes: Slopes, size: Tensor) -> Tensor:
     return slopes.kink | ~(slopes.error <= bound * slopes.value.abs() + 1e-3 * bound * size)
 
 
-def slopes_along(f: Function, x: Tensor, u: Tensor, scale: float | None = None) -> Slopes:
+def slopes_along(f: Function, x: Tensor, u: Tensor, scale: float | None = None, size: float = 0.0) -> Slopes:
     """The derivative of each output of f along u, the outputs as a vector.
 
     Args:
         f: from a tensor like x to a vector.
         x, u: point and direction; the steps are fractions of u.
         scale: another scale that f may have along u, such as the least |x/u|; by default found from x and u.
+        size: the least number that ε is relative to in the rounding error of f; 0 for that of f itself. A gradient has
+            the rounding errors of the outputs, however small it is where these are flat.
 
     >>> slopes = slopes_along(torch.sin, torch.tensor([0.0, 1.0], dtype=torch.float64), torch.ones(2).double())
     >>> torch.allclose(slopes.value, torch.tensor([0.0, 1.0]).double().cos(), rtol=0, atol=1e-11)
@@ -67,7 +69,8 @@ def slopes_along(f: Function, x: Tensor, u: Tensor, scale: float | None = None) 
     def by(steps: Sequence[float], apart: int) -> Slopes:
         plus, minus = (torch.stack([attempt(f, x + s * h * u, center) for h in steps]) for s in (1, -1))
         h = torch.tensor(steps, dtype=plus.dtype, device=plus.device).unsqueeze(-1)
-        return extrapolate(plus - center, minus - center, torch.zeros_like(center), h, rounding(plus, minus, apart), apart)
+        noise = rounding(plus, minus, apart, size)
+        return extrapolate(plus - center, minus - center, torch.zeros_like(center), h, noise, apart)
 
     found = by(STEPS, 2)
     for times in (1.0, scale):
@@ -85,15 +88,19 @@ def least_scale(xs: Sequence[Tensor], us: Sequence[Tensor]) -> float | None:
     return least if least < 1 else None
 
 
-def element_slopes(f: Function, x: Tensor, weights: Tensor, indices: Sequence[int] | None = None) -> Slopes:
+def element_slopes(
+    f: Function, x: Tensor, weights: Tensor, indices: Sequence[int] | None = None, least: float = 0.0
+) -> Slopes:
     """The derivative of the weighted sum of the outputs of f by each element of x (or those of some flat indices).
 
-    The steps are relative to the element where it is larger than 1.
+    The steps are relative to the element where it is larger than 1. Outputs that are not finite are left out.
+    ``least`` is what ``size`` is to :func:`slopes_along`.
     """
     indices = list(range(x.numel()) if indices is None else indices)
     at = [x.reshape(-1)[k].item() for k in indices]
     center = f(x)
     live = (weights != 0) & center.isfinite()  # so that a NaN of weight 0 is out
+    part_of: dict[int, Tensor] = {}
     w, values = weights[live].to(center.dtype), center[live]
 
     def by(steps: Sequence[float], scales: Sequence[float], which: Sequence[int], apart: int) -> Slopes:
@@ -104,8 +111,12 @@ def element_slopes(f: Function, x: Tensor, weights: Tensor, indices: Sequence[in
             above, below = (torch.stack([attempt(f, x + s * h * u, center)[live] for h in steps]) for s in (1, -1))
             plus.append((above - values) @ w)
             minus.append((below - values) @ w)
-            moved = ((above != values) | (below != values)).any(0)  # the others have no part in the rounding
-            noises.append(rounding(above, below, apart) @ (w.abs() * moved))
+            if n not in part_of:  # outputs that do not depend on this element have no part in the rounding
+                probe = x.clone()
+                probe.view(-1)[indices[n]] = torch.nan
+                part_of[n] = attempt(f, probe, center)[live].isnan()
+            moved = part_of[n] | ((above != values) | (below != values)).any(0)
+            noises.append(rounding(above, below, apart, least) @ (w.abs() * moved))
         p, m, noise = (torch.stack(rows, 1) for rows in (plus, minus, noises))
         widths = torch.tensor([scales[n] for n in which], dtype=p.dtype, device=p.device)
         h = torch.tensor(steps, dtype=p.dtype, device=p.device).unsqueeze(1) * widths
@@ -128,5 +139,3 @@ def element_slopes(f: Function, x: Tensor, weights: Tensor, indices: Sequence[in
         for name in found.__dataclass_fields__:
             getattr(found, name)[again] = getattr(part, name)
     return found
-
-

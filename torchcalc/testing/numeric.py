@@ -138,9 +138,11 @@ def first_order(subject: Subject, inputs: Inputs, where: str = "") -> Finding:
     """J'v of every input against differences, element by element; "not checked" if none of them is exact enough."""
     need_derivatives(subject)
     shapes, grads = subject.gradients(inputs)
-    incoming = subject.incoming(shapes)
+    dead = not all(y.isfinite().all() for y in shapes)
+    incoming = [torch.where(y.isfinite(), v, 0) for y, v in zip(shapes, subject.incoming(shapes), strict=True)]
+    if dead:  # outside of its domain, whose gradients say nothing
+        _, grads = subject.gradients(inputs, incoming=incoming)
     weights, excess, kinks = flat(incoming).to(subject.exact), 0.0, ""
-    weights = torch.where(flat(shapes).isfinite(), weights, 0)
     size = float((weights * flat(shapes).nan_to_num(0, 0, 0)).abs().sum())
     compared = total = 0
     for n, i in enumerate(subject.wrt):
@@ -150,6 +152,8 @@ def first_order(subject: Subject, inputs: Inputs, where: str = "") -> Finding:
         indices = chosen(x)
         slopes = element_slopes(of_input(subject, inputs, i), x, weights, indices)
         value, allowed, use = spread_out(slopes, x, indices)
+        if dead:
+            use = use & zeros_like_none(grads[n], x).isfinite()
         kinks += left_out(subject, i, x, slopes, indices)
         what = f"gradient of {subject.label(i)}{where}"
         areas = regions(x, special_rows(subject, inputs))
@@ -171,7 +175,9 @@ def first_order(subject: Subject, inputs: Inputs, where: str = "") -> Finding:
     counts = f"{compared} of {total} elements"
     details = dict(compared=compared, elements=total)
     if total and not compared:
-        text = f"{counts} compared{where}: no difference is exact enough to tell a right gradient from a wrong one{kinks}"
+        text = (
+            f"{counts} compared{where}: no difference is exact enough to tell a right gradient from a wrong one{kinks}"
+        )
         return Finding("", "not checked", counts, text, details=details)
     return Finding("", figure=f"{counts}, {excess:.2f} of the error bar{kinks}", details=details)
 
@@ -232,6 +238,15 @@ def slack(subject: Subject, *values: Tensor) -> float:
     """What two ways to compute the same may differ by: rounding, relative to the largest number."""
     size = max((float(v.nan_to_num(0, 0, 0).abs().max()) for v in values if v.numel()), default=0.0)
     return 1e4 * torch.finfo(subject.exact).eps * max(size, 1.0)  # incoming gradients are near 1
+
+
+def magnitude(subject: Subject, inputs: Inputs) -> float:
+    """Σ|v·y|: ε of it is about the rounding error of <J'v, w>, also where the outputs are flat and J'v is next to 0."""
+    with torch.no_grad():
+        outputs = subject.call(*inputs)
+    return sum(
+        float((y * v).nan_to_num(0, 0, 0).abs().sum()) for y, v in zip(outputs, subject.incoming(outputs), strict=True)
+    )
 
 
 def directions(subject: Subject, inputs: Inputs) -> list[Tensor]:

@@ -21,7 +21,8 @@ __all__ = ["Subject", "is_float", "make_subject", "name_of", "normal"]
 
 Call = Callable[..., Any]
 Tensors = tuple[Tensor, ...]
-CLEAR = (NotImplementedError, RuntimeError, ValueError)  # what an unsupported use may raise; others are slips
+# what an unsupported use may raise; others are slips
+CLEAR = (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 def is_float(x: Any) -> bool:
@@ -197,7 +198,16 @@ def pull(
     if not pairs or not leaves:
         return (None,) * len(leaves)
     ys, vs = zip(*pairs, strict=True)
-    return torch.autograd.grad(ys, leaves, vs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(ys, leaves, vs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error) or create_graph:
+            raise
+        torch.autograd.backward(ys, vs, retain_graph=True)  # reentrant checkpointing knows no other way
+        grads = tuple(x.grad for x in leaves)  # type: ignore[misc]
+        for x in leaves:
+            x.grad = None
+    return tuple(g.to_dense() if g is not None and g.layout != torch.strided else g for g in grads)
 
 
 def dot(xs: Sequence[Tensor | None], ys: Sequence[Tensor], like: Tensor) -> Tensor:
