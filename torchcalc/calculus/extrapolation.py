@@ -22,8 +22,8 @@ agree with the shorter secants, as far as these are exact themselves: C is the m
 so small that nothing else is left, scatter more: then e is the largest |D₁(h) − D₁(2h)|·h of them.
 
 Kinks.  The one-sided slopes differ by G(h) = (f(x + h) − 2f(x) + f(x − h))/h = h·f'' + O(h³). If 2G(h/2) − G(h) does not
-vanish, x is a kink, as of |x| at 0: any slope between the two is as good. Where f jumps, f(x + h) − f(x − h) does not
-shrink with h.                                                                    (4)
+shrink for three steps below that of the entry, and is more than the error, x is a kink, as of |x| at 0: any slope between
+the two is as good. Where f jumps, f(x + h) − f(x − h) does not shrink with h.    (4)
 
 Reference: Ridders 1982, doi:10.1016/S0141-1195(82)80057-0.
 """
@@ -38,6 +38,7 @@ from torch import Tensor
 __all__ = ["Slopes", "extrapolate", "halving", "precision"]
 
 COLUMNS = 6  # of the tableau; more of them only add rounding
+UNRESOLVED = 0.01  # scatter, relative to f, that is no rounding error: f oscillates between all steps
 SCATTER = 3  # shortest secants whose scatter is the rounding error of f
 
 
@@ -67,8 +68,13 @@ class Slopes:
         return self.error.isfinite() & ~self.kink
 
     def better(self, other: Slopes) -> Slopes:
-        """At each place what has the smaller error; what is no kink to either of them is none."""
+        """At each place what has the smaller error, or, where they contradict each other, the shorter steps.
+
+        What is no kink to either of them is none.
+        """
         take = (other.error < self.error) | (self.kink & ~other.kink & other.error.isfinite())
+        contradict = (self.value - other.value).abs() > 10 * (self.error + other.error)
+        take = torch.where(contradict & ~self.kink & ~other.kink, other.step < self.step, take)
         pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
         return Slopes(*(torch.where(take, b, a) for a, b in pairs))
 
@@ -81,7 +87,9 @@ def halving(largest: float, least: float) -> list[float]:
     return [largest * 2.0**-k for k in range(count)]
 
 
-def extrapolate(plus: Tensor, minus: Tensor, center: Tensor, h: Tensor, noise: Tensor, apart: int = 1) -> Slopes:
+def extrapolate(
+    plus: Tensor, minus: Tensor, center: Tensor, h: Tensor, noise: Tensor, apart: int = 1, jitter: Tensor | float = 0.0
+) -> Slopes:
     """Slopes from values.
 
     Args:
@@ -92,6 +100,7 @@ def extrapolate(plus: Tensor, minus: Tensor, center: Tensor, h: Tensor, noise: T
         noise: ε·|f|, the rounding error of f, of shape (steps, ...) or (...).
         apart: the last two steps may be shorter than the others by any factor. They then tell only whether the result
             and the noise hold: 1 if they do not stand apart, 2 if they do.
+        jitter: ε·|x|, by which x + h is rounded. It moves f by as much times its slope.
     """
     h, noise = h.expand_as(plus), noise.expand_as(plus)
     ladder = len(h) - 2 if apart == 2 else len(h)
@@ -100,10 +109,10 @@ def extrapolate(plus: Tensor, minus: Tensor, center: Tensor, h: Tensor, noise: T
         fine, coarse = columns[-1][1:], columns[-1][:-1]
         columns.append(fine + (fine - coarse) / (4**j - 1))  # (2')
     d0, d1 = columns[0], torch.cat([columns[0][:1], columns[1]])
-    e = noise
+    e = noise + jitter * d0[len(h) // 3 :].abs().nan_to_num(0, 0).amax(0)
     if apart == 1:
-        scatter = ((d1[-SCATTER:] - d1[-SCATTER - 1 : -1]).abs() * h[-SCATTER:]).nan_to_num(0).amax(0)
-        e = torch.maximum(noise, scatter)
+        scatter = ((d1[1:] - d1[:-1]).abs() * h[1:]).nan_to_num(0)
+        e, wild = torch.maximum(e, scatter[-SCATTER:].amax(0)), scatter[-3 * SCATTER :].amax(0)
     trusted = (d1 - d0).abs() + 4 * e / h
     if apart == 2:  # the first of the last two is not half of the step before
         trusted[-2] = torch.inf
@@ -123,18 +132,28 @@ def extrapolate(plus: Tensor, minus: Tensor, center: Tensor, h: Tensor, noise: T
         better = least < error
         value, error = torch.where(better, chosen, value), torch.where(better, least, error)
         step = torch.where(better, h[j:ladder].gather(0, at[None])[0], step)
-    gaps = (plus[-2:] - 2 * center + minus[-2:]) / h[-2:]
-    gap = (2 * gaps[1] - gaps[0]).abs()
+    size = noise.amax(0) / torch.finfo(center.dtype).eps
+    if apart == 1:
+        error = torch.where(wild > UNRESOLVED * size, torch.inf, error)
+    sharp = (plus - 2 * center + minus) / h
+    gaps = (2 * sharp[1:] - sharp[:-1]).abs()
+    bound = 16 * torch.maximum(noise, e)[1:] / h[1:] + 1e-3 * sharp[1:].abs() + error.nan_to_num(0, 0)
+    told = h[1:] <= step  # longer steps see what lies farther away
+    if apart == 2:
+        told[-2] = False
+    told[-1] |= step.isnan()
+    lasting = gaps > 0.5 * torch.cat([gaps[:1], gaps[:-1]])  # where f is smooth, it shrinks with h³
+    lasting[2:] = lasting[2:] & lasting[1:-1] & lasting[:-2]
+    gap = torch.where(told & lasting & (gaps > bound), gaps, 0)[2:].amax(0)
     middle, change = len(h) // 2, (plus - minus).abs()
     jump = (change[-1] > 0.5 * change[middle]) & (change[-1] > 64 * noise[-1])
-    kink = (gap > 16 * noise[-1] / h[-1] + 1e-3 * gaps[1].abs()) | jump  # (4)
-    kink = kink & ((gap > 16 * e[-1] / h[-1]) | jump)
+    kink = (gap > 0) | jump  # (4)
     short = torch.finfo(center.dtype).eps ** (1 / 3)
     k = max(1, min(int((h / h[:1] * 0.25 > short).reshape(len(h), -1).all(1).sum()), ladder - 1))
     coarse, fine = (torch.stack([center - minus[i], plus[i] - center]) / h[i] for i in (k - 1, k))
     sides = torch.where((fine - coarse).abs() <= 0.4 * fine.abs(), 2 * fine - coarse, torch.nan)
     sides = torch.where((fine == 0) & (coarse == 0), 0, sides)
-    return Slopes(value, error, sides[0], sides[1], kink, torch.where(kink, gap, 0), step)
+    return Slopes(value, error, sides[0], sides[1], kink, torch.where(jump, gaps[-1], gap), step)
 
 
 def precision(values: Tensor) -> Tensor:

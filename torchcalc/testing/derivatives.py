@@ -20,7 +20,6 @@ from torchcalc.testing.numeric import (
     magnitude,
     need_derivatives,
     of_input,
-    quick,
     slack,
     tolerance,
     unsupported,
@@ -55,31 +54,6 @@ def differentiable(subject: Subject) -> Finding | None:
 def gradient(subject: Subject) -> Finding:
     """J'v against Richardson differences, element by element."""
     return first_order(subject, subject.floats())
-
-
-@check("function", "gradient elsewhere")
-def gradient_elsewhere(subject: Subject) -> Finding | None:
-    """The same with the first input at other sizes: 1/4, 5 and -5 times the example, where the function is finite."""
-    need_derivatives(subject)
-    findings, sizes = [], []
-    for scale in (0.25, 5.0, -5.0):
-        inputs = list(subject.floats())
-        i = subject.wrt[0]
-        inputs[i] = inputs[i] * scale
-        try:
-            outputs = subject.call(*inputs)
-        except CLEAR:
-            continue
-        if not all(y.isfinite().all() for y in outputs):
-            continue
-        found = quick(subject, inputs, f" at {scale:g} times the example")
-        if found.verdict == "error":
-            return found
-        findings.append(found)
-        sizes.append(f"{scale:g}")
-    if not findings:
-        raise Skip("finite only near the example")
-    return replace(findings[0], figure=f"at {', '.join(sizes)} times the example")
 
 
 @check("function", "linear backward")

@@ -21,6 +21,7 @@ __all__ = ["Slopes", "element_slopes", "slopes_along"]
 
 STEPS = (*(2.0**-k for k in range(4, 12)), 2.0**-17, 2.0**-18)
 ROUGH = 1e-6  # relative error beyond which other steps are tried
+NEAREST = 1e-6  # scale, relative to x, below which the steps would be a few ulp of x
 Function = Callable[[Tensor], Tensor]
 
 
@@ -48,7 +49,9 @@ def rough(slopes: Slopes, size: Tensor) -> Tensor:
     return slopes.kink | ~(slopes.error <= bound * slopes.value.abs() + 1e-3 * bound * size)
 
 
-def slopes_along(f: Function, x: Tensor, u: Tensor, scale: float | None = None, size: float = 0.0) -> Slopes:
+def slopes_along(
+    f: Function, x: Tensor, u: Tensor, scale: float | None = None, size: float = 0.0, jitter: Tensor | float = 0.0
+) -> Slopes:
     """The derivative of each output of f along u, the outputs as a vector.
 
     Args:
@@ -57,6 +60,7 @@ def slopes_along(f: Function, x: Tensor, u: Tensor, scale: float | None = None, 
         scale: another scale that f may have along u, such as the least |x/u|; by default found from x and u.
         size: the least number that ε is relative to in the rounding error of f; 0 for that of f itself. A gradient has
             the rounding errors of the outputs, however small it is where these are flat.
+        jitter: ε·|x/u|, by which x + h·u is rounded.
 
     >>> slopes = slopes_along(torch.sin, torch.tensor([0.0, 1.0], dtype=torch.float64), torch.ones(2).double())
     >>> torch.allclose(slopes.value, torch.tensor([0.0, 1.0]).double().cos(), rtol=0, atol=1e-11)
@@ -70,7 +74,7 @@ def slopes_along(f: Function, x: Tensor, u: Tensor, scale: float | None = None, 
         plus, minus = (torch.stack([attempt(f, x + s * h * u, center) for h in steps]) for s in (1, -1))
         h = torch.tensor(steps, dtype=plus.dtype, device=plus.device).unsqueeze(-1)
         noise = rounding(plus, minus, apart, size)
-        return extrapolate(plus - center, minus - center, torch.zeros_like(center), h, noise, apart)
+        return extrapolate(plus - center, minus - center, torch.zeros_like(center), h, noise, apart, jitter)
 
     found = by(STEPS, 2)
     for times in (1.0, scale):
@@ -100,6 +104,7 @@ def element_slopes(
     at = [x.reshape(-1)[k].item() for k in indices]
     center = f(x)
     live = (weights != 0) & center.isfinite()  # so that a NaN of weight 0 is out
+    places = torch.tensor(at, dtype=center.dtype, device=x.device).abs()
     part_of: dict[int, Tensor] = {}
     w, values = weights[live].to(center.dtype), center[live]
 
@@ -120,14 +125,16 @@ def element_slopes(
         p, m, noise = (torch.stack(rows, 1) for rows in (plus, minus, noises))
         widths = torch.tensor([scales[n] for n in which], dtype=p.dtype, device=p.device)
         h = torch.tensor(steps, dtype=p.dtype, device=p.device).unsqueeze(1) * widths
-        return extrapolate(p, m, torch.zeros_like(p[0]), h, noise, apart)
+        return extrapolate(
+            p, m, torch.zeros_like(p[0]), h, noise, apart, torch.finfo(values.dtype).eps * places[list(which)]
+        )
 
     if not indices:
         empty = values.new_zeros(0)
         return Slopes(empty, empty, empty, empty, empty.bool(), empty, empty)
     size = (w * values).abs().sum()
     wide = [max(1.0, abs(a)) for a in at]
-    near = [abs(a) if 0 < abs(a) < 1 else 1.0 for a in at]
+    near = [abs(a) if 0 < abs(a) < 1 else max(1.0, NEAREST * abs(a)) for a in at]
     found = by(STEPS, wide, range(len(at)), 2)
     for scales in (wide, near):
         which = rough(found, size / torch.tensor(wide, dtype=found.value.dtype, device=size.device)).nonzero()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,16 @@ from torch import Tensor
 from torchcalc.testing import (  # noqa: F401  they register their checks, in the order of the report
     derivatives,
     second,
+    third,
+    upstream,
     contract,
     layouts,
     storage,
     extremes,
     precision,
+    side_effects,
+    regions,
+    rows,
     transforms,
     losses,
     targets,
@@ -27,6 +33,7 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
 # isort: on
 from torchcalc.testing.registry import Kind, run, select
 from torchcalc.testing.report import Report
+from torchcalc.testing.settings import left_alone, restore, settings
 from torchcalc.testing.subject import Subject, make_subject
 
 __all__ = ["assert_function", "assert_loss", "check_function", "check_loss"]
@@ -140,7 +147,7 @@ def surroundings(inputs: Sequence[Any]) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine waiting for a second one takes 20 times as long as a small batch_norm
     try:
-        with torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+        with left_alone(), torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
             yield
     finally:
         torch.set_num_threads(threads)
@@ -148,6 +155,8 @@ def surroundings(inputs: Sequence[Any]) -> Iterator[None]:
 
 def prepare(fn: Any, inputs: Sequence[Any], reference: Any, wrt: Any, name: str | None) -> Subject:
     """A subject, made without the warnings of the function."""
+    before = settings()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return make_subject(fn, inputs, reference, wrt, name)
+        subject = make_subject(fn, inputs, reference, wrt, name)
+    return dataclasses.replace(subject, disturbed=tuple(restore(before)))

@@ -207,12 +207,14 @@ def elementwise(subject: Subject, inputs: Sequence[Any]) -> bool:
     except Exception:  # no other shape works, so it is something else
         return False
 
-    def alike(x: Tensor, y: Tensor, allowed: float) -> bool:
-        return x.shape == y.shape and bool(((x - y).abs() <= allowed).all())
-
     return all(
         whole.shape == tensors[0].shape
         and alike(back.flip(0), whole.reshape(-1), slack(subject, whole))
         and alike(half, whole.reshape(-1).flip(0)[: len(half)], slack(subject, whole))
         for whole, back, half in zip(wholes, mirrored, halves, strict=True)
     )
+
+
+def alike(x: Tensor, y: Tensor, allowed: float) -> bool:
+    """Of one shape, and equal up to rounding; NaN and infinities where the other has them."""
+    return x.shape == y.shape and bool((((x - y).abs() <= allowed) | (x == y) | (x.isnan() & y.isnan())).all())

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torchcalc.testing.report import Finding, Report
+from torchcalc.testing.settings import left_alone
 
 __all__ = ["CHECKS", "Check", "Skip", "check", "run", "select"]
 
@@ -88,7 +89,7 @@ def run(subject: str, checks: list[Check], fresh: Callable[[], Any], progress: b
 
 def run_one(c: Check, fresh: Callable[[], Any]) -> Finding:
     """Run one check; what it raises becomes its finding."""
-    with warnings.catch_warnings():
+    with left_alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return replace(c.call(fresh()) or Finding(c.name), check=c.name)

@@ -88,6 +88,7 @@ class Subject:
     exact: torch.dtype = torch.float64
     complex: tuple[int, ...] = ()
     given: Any = None  # what the user passed: a module, a partial, ...
+    disturbed: tuple[str, ...] = ()  # global settings that the first calls changed
 
     def fresh(self) -> Subject:
         """The same subject with inputs of its own."""
