@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from tests.testing.defects_losses import DEFECTS_OF_LOSSES
 from tests.testing.defects_regions import DEFECTS_IN_REGIONS
 from tests.testing.defects_side_effects import DEFECTS_BESIDE
 from tests.testing.test_functions import named, report_of
 
-TABLES = {"regions": DEFECTS_IN_REGIONS, "side effects": DEFECTS_BESIDE}
+TABLES = {"regions": DEFECTS_IN_REGIONS, "side effects": DEFECTS_BESIDE, "losses": DEFECTS_OF_LOSSES}
 ROWS = [row for table in TABLES.values() for row in table]
 
 

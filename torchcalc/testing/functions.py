@@ -28,6 +28,8 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
     transforms,
     losses,
     targets,
+    laws,
+    recognised,
 )
 
 # isort: on
