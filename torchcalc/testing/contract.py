@@ -128,6 +128,9 @@ def same_tensor_twice(subject: Subject) -> Finding | None:
 def determinism(subject: Subject) -> Finding | None:
     """The same inputs give the same values and gradients, to the last bit (a random function: from the same seed)."""
     inputs = subject.floats()
+    if subject.drifts:
+        text = "two calls with the same inputs and from the same seed differed: the result depends on the calls before"
+        return Finding("", "error", "", text, "not deterministic: state is kept between calls")
     (y1, g1), (y2, g2) = subject.gradients(inputs), subject.gradients(inputs)
     for a, b in zip((*y1, *g1), (*y2, *g2), strict=True):
         if (a is None) != (b is None) or (a is not None and b is not None and not same(a, b)):

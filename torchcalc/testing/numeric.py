@@ -150,7 +150,7 @@ def first_order(subject: Subject, inputs: Inputs, where: str = "") -> Finding:
         if not x.numel():
             continue
         indices = chosen(x)
-        slopes = element_slopes(of_input(subject, inputs, i), x, weights, indices)
+        slopes = element_slopes(of_input(subject, inputs, i), x, weights, indices, floor(subject, inputs))
         value, allowed, use = spread_out(slopes, x, indices)
         if dead:
             use = use & zeros_like_none(grads[n], x).isfinite()
@@ -249,6 +249,12 @@ def magnitude(subject: Subject, inputs: Inputs) -> float:
     )
 
 
+def floor(subject: Subject, inputs: Inputs) -> float:
+    """What ε is relative to at least in an output's rounding: one next to 0 may be what is left of larger numbers."""
+    sizes = [float(inputs[i].nan_to_num(0, 0, 0).abs().max()) for i in subject.wrt if inputs[i].numel()]
+    return min(1.0, max(sizes, default=1.0))
+
+
 def directions(subject: Subject, inputs: Inputs) -> list[Tensor]:
     return [normal(inputs[i], 11 + i) for i in subject.wrt]
 
@@ -264,7 +270,8 @@ def along_all(subject: Subject, inputs: Inputs, u: Sequence[Tensor]) -> Slopes:
             return flat(subject.call(*moved))
 
     zero = torch.zeros((), dtype=subject.exact, device=u[0].device)
-    return slopes_along(f, zero, torch.ones_like(zero), least_scale([inputs[i] for i in subject.wrt], u))
+    scale = least_scale([inputs[i] for i in subject.wrt], u)
+    return slopes_along(f, zero, torch.ones_like(zero), scale, floor(subject, inputs))
 
 
 def unsupported(what: str, error: Exception) -> Finding:

@@ -86,6 +86,11 @@ def precision(subject: Subject) -> Finding | None:
             gap = float((m.double() - t).abs().max())
             own = float((theirs[k].double() - t).abs().max()) if theirs is not None and theirs[k] is not None else 0.0  # type: ignore[union-attr]
             what = "output" if k < len(shapes) else f"gradient of {subject.label(subject.wrt[k - len(shapes)])}"
+            off = float((m.double() * t).sum() / (t * t).sum()) - 1 if t.any() else 0.0
+            scaled = abs(off) > 32 * eps and float(t.abs().max()) > 4 * eps * flat and gap > 16 * (natural - eps * flat)
+            if scaled and k >= len(shapes) and subject.reference is None:
+                text = f"{what} in {short(dtype)} is {1 + off:.3g} times that in float64"
+                notes.append(Finding("", "error", f"{1 + off:.3g}", text, f"another gradient in {short(dtype)}"))
             if gap > 16 * natural + 4 * own or gap != gap:
                 verdict: Verdict = (
                     "error" if subject.reference is not None or gap > 1e4 * natural or gap != gap else "note"

@@ -39,25 +39,24 @@ def named(subject: Subject) -> tuple[str, str]:
     return "".join(small), bare
 
 
-def values(subject: Subject, family: Family, x: Tensor, t: Tensor) -> Tensor | None:
+def values(subject: Subject, at: Sequence[Tensor]) -> Tensor | None:
     """The loss of each probe by itself, or None where it takes none."""
     each = subject.with_option(reduction="none") if subject.has_option("reduction") else None
     with torch.no_grad():
         try:
             if each is not None:
-                (y,) = each.call(x, t)
-                return y if y.shape == t.shape else None
-            found = [subject.call(x[k : k + 1], t[k : k + 1]) for k in range(len(x))]
+                (y,) = each.call(*at)
+                return y if y.shape == at[1].shape else None
+            found = [subject.call(*(x[k : k + 1] for x in at)) for k in range(len(at[0]))]
         except Exception:  # not of this family
             return None
     return torch.stack([y[0].reshape(()) for y in found]) if all(y[0].numel() == 1 for y in found) else None
 
 
-def probes(subject: Subject, family: Family) -> tuple[Tensor, Tensor]:
+def probes(subject: Subject, family: Family) -> tuple[Tensor, ...]:
     first = subject.floats()[0]
     if not family.classes:
-        x, t = family.probes()
-        return x.to(first.device, subject.exact), t.to(first.device, subject.exact)
+        return tuple(x.to(first.device, subject.exact) for x in family.probes())
     c = first.shape[1]
     n = 6 * c
     t = torch.arange(n, device=first.device) % c
@@ -70,7 +69,9 @@ def probes(subject: Subject, family: Family) -> tuple[Tensor, Tensor]:
 
 
 def fits(subject: Subject, family: Family) -> bool:
-    x, t = subject.floats()[:2]
+    x, t, *others = subject.floats()
+    if len(others) != (family.probes.__name__ == "variances"):
+        return False
     if family.classes:
         return x.dim() >= 2 and t.dtype == torch.int64 and x.shape[0] == t.shape[0] and x.dim() == t.dim() + 1
     return t.is_floating_point() and x.shape == t.shape and not isinstance(subject.option("weight"), Tensor)
@@ -86,18 +87,18 @@ def textbook(subject: Subject) -> Finding | None:
     inputs = subject.floats()
     if subject.reference is not None:
         raise Skip("a reference is given")
-    if subject.random or len(inputs) != 2 or not all(isinstance(x, Tensor) and x.numel() for x in inputs):
+    if subject.random or len(inputs) not in (2, 3) or not all(isinstance(x, Tensor) and x.numel() for x in inputs):
         raise Skip("not a loss of an input and a target")
     full, bare = named(subject)
     best: tuple[float, Family, Tensor, Tensor, Tensor, Tensor] | None = None
     for family in FAMILIES:
         if not fits(subject, family):
             continue
-        x, t = probes(subject, family)
-        y = values(subject, family, x, t)
+        x, t, *_ = at = probes(subject, family)
+        y = values(subject, at)
         if y is None:
             continue
-        right = family.formula(x, t, subject.option)
+        right = family.formula(*at, subject.option)
         equal = float(same(y, right).double().mean()) + 1e-3 * (bare in family.words)
         if best is None or equal > best[0]:
             best = equal, family, x, t, y, right
@@ -107,10 +108,17 @@ def textbook(subject: Subject) -> Finding | None:
     if bool(same(y, right).all()):
         return mean_of(subject, family, inputs) or Finding("", figure=f"is {family.name}")
     exact = bare in family.words
-    hinted = any(word in full for word in family.words if len(word) > 2)
+    hinted = any(word in full for word in family.words if len(word) > 2) or has_option(subject, family.option)
+    if exact and equal < ENOUGH:
+        text = f"it is called {bare}, but is the {family.name} loss at no more than {equal:.0%} of the probes"
+        return Finding("", "note", f"{equal:.0%}", text, f"not the textbook's {family.name}")
     if equal < ENOUGH or not (exact or hinted or equal >= NEARLY):
         raise Skip(f"not recognised as a loss of the textbooks; nearest is {family.name}, at {equal:.0%} of the probes")
     return mismatch(family, x, t, y, right, exact)
+
+
+def has_option(subject: Subject, option: str) -> bool:
+    return bool(option) and subject.has_option(option)
 
 
 def mismatch(family: Family, x: Tensor, t: Tensor, y: Tensor, right: Tensor, exact: bool) -> Finding:
@@ -121,9 +129,11 @@ def mismatch(family: Family, x: Tensor, t: Tensor, y: Tensor, right: Tensor, exa
         where = f"for class {', '.join(map(str, hit[:5]))}" if len(hit) < len(set(t.tolist())) else ""
         at = f"for logits {[round(v, 3) for v in x[k].tolist()]} and class {int(t[k])}"
     else:
-        r = x - t if family.probes.__name__ == "residuals" else x
-        where = interval(r, bad, torch.isin(t, t[bad]) | (family.probes.__name__ == "residuals"))
-        where = where.replace("input", "input - target") if family.probes.__name__ == "residuals" else where
+        r = x - t if family.probes.__name__ in ("residuals", "variances") else x
+        where = interval(r, bad, torch.isin(t, t[bad]) | (family.probes.__name__ in ("residuals", "variances")))
+        where = (
+            where.replace("input", "input - target") if family.probes.__name__ in ("residuals", "variances") else where
+        )
         at = f"for input {float(x[k]):.4g} and target {float(t[k]):.4g}"
     if not where and not family.classes and len(set(t[bad].tolist())) < len(set(t.tolist())):
         where = f"where the target is {', '.join(f'{v:g}' for v in sorted(set(t[bad].tolist()))[:3])}"
@@ -137,7 +147,7 @@ def mismatch(family: Family, x: Tensor, t: Tensor, y: Tensor, right: Tensor, exa
 
 def mean_of(subject: Subject, family: Family, inputs: Sequence[Any]) -> Finding | None:
     """The mean and the sum over the example against the textbook's."""
-    if not subject.has_option("reduction"):
+    if not subject.has_option("reduction") or len(inputs) > 2:
         return None
     x, t = inputs
     flat_x, flat_t = (x.movedim(1, -1).reshape(-1, x.shape[1]), t.reshape(-1)) if family.classes else (x, t)

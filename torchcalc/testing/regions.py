@@ -114,6 +114,8 @@ def scaled(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[
     own = handed(subject)
     for scale in SCALES:
         yield f" at {scale:g} times the example", replaced(inputs, own[0], inputs[own[0]] * scale)
+    for shift in (3.0, -10.0, 50.0, 300.0):
+        yield f" at the example plus {shift:g}", replaced(inputs, own[0], inputs[own[0]] + shift)
     for i in own[1:3]:
         for scale in (1e-6, 0.01, -5.0, 100.0, 1e5):
             yield f" at {scale:g} times the example's {subject.label(i)}", replaced(inputs, i, inputs[i] * scale)
@@ -192,8 +194,7 @@ def reach(subject: Subject, inputs: Sequence[Any], i: int) -> float:
     def took(size: float) -> float:
         x = torch.linspace(-size, size, inputs[i].numel(), dtype=inputs[i].dtype, device=inputs[i].device)
         start = time.process_time()
-        with torch.no_grad():
-            subject.call(*replaced(inputs, i, x.view_as(inputs[i])))
+        subject.gradients(replaced(inputs, i, x.view_as(inputs[i])), (i,))
         return time.process_time() - start
 
     size, shortest = 10.0, math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,12 @@ def backend(owner: Any, name: str) -> Setting:
     return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
 
 
+PATCHABLE = [
+    (owner, name)
+    for owner in (torch, torch.nn.functional)
+    for name, f in list(vars(owner).items())
+    if inspect.isroutine(f) and not name.startswith("_")
+]
 SETTINGS: dict[str, Setting] = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "the default device": (
@@ -33,7 +40,7 @@ SETTINGS: dict[str, Setting] = {
     "inference mode": (torch.is_inference_mode_enabled, lambda value: None),
     "deterministic algorithms": (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+        lambda value: torch._C._set_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
     "anomaly detection": (
         lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
@@ -55,9 +62,18 @@ SETTINGS: dict[str, Setting] = {
     "the garbage collector": (gc.isenabled, lambda value: gc.enable() if value else gc.disable()),
     "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
     "hooks of all modules": (lambda: module_hooks(), lambda value: set_module_hooks(value)),
+    "functions of torch": (
+        lambda: [getattr(owner, name, None) for owner, name in PATCHABLE],
+        lambda value: patch(value),
+    ),
     "the function modes": (torch._C._len_torch_function_stack, lambda value: pop_modes(value)),
     "the hooks of saved tensors": (lambda: saved_hooks(), lambda value: set_saved_hooks(value)),
 }
+
+
+def patch(value: list[Any]) -> None:
+    for (owner, name), f in zip(PATCHABLE, value, strict=True):
+        setattr(owner, name, f)
 
 
 def module_hooks() -> dict[str, dict[Any, Any]]:

@@ -199,6 +199,14 @@ def of_hooks(subject: Subject, tensors: Sequence[tuple[str, Tensor]]) -> Finding
     modules = [m for m in [subject.given] if isinstance(m, nn.Module)]
     counts = [module_hooks(m) for m in modules]
     leaves = subject.leaves(subject.floats(), subject.wrt)
+    plainly = subject.floats()
+    try:
+        plain(subject).call(*plainly)
+    except CLEAR:
+        return None
+    for i, x in enumerate(plainly):
+        if isinstance(x, Tensor) and x.requires_grad:
+            return error(f"{subject.label(i)} requires grad after a call, and did not before", "changes requires_grad")
     kept = [hooks(x) for x in leaves if isinstance(x, Tensor)]
     try:
         outputs = plain(subject).call(*leaves)

@@ -89,6 +89,7 @@ class Subject:
     complex: tuple[int, ...] = ()
     given: Any = None  # what the user passed: a module, a partial, ...
     disturbed: tuple[str, ...] = ()  # global settings that the first calls changed
+    drifts: bool = False  # whether calls from one seed differ
 
     def fresh(self) -> Subject:
         """The same subject with inputs of its own."""
@@ -275,6 +276,9 @@ def probe(subject: Subject) -> Subject:
     subject = replace(subject, kept=kept)
     first, second = subject.call(*subject.floats()), subject.call(*subject.floats())
     subject = replace(subject, random=not all(map(same, first, second)))
+    if subject.random:
+        first, second = subject.call(*subject.floats()), subject.call(*subject.floats())
+        subject = replace(subject, drifts=not all(map(same, first, second)))
     refused = {}
     for i in subject.wrt:
         try:

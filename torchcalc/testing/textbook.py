@@ -1,8 +1,9 @@
 """Losses as the textbooks have them: a formula in float64 for each family, its options, and inputs that tell it apart.
 
-A formula takes (input, target, option), where option(name, default) is the value that the loss under test has for an
-option, and gives the loss of each element, or of each row of logits for the families of classes. References: the losses
-of torch.nn.functional; Huber 1964 for huber; Lin et al. 2017, arXiv:1708.02002, for the focal losses.
+A formula takes (input, target, option), or (input, target, variance, option), where option(name, default) is the value
+that the loss under test has for an option, and gives the loss of each element, or of each row of logits for the families
+of classes. References: the losses of torch.nn.functional; Huber 1964 for huber; Lin et al. 2017, arXiv:1708.02002, for
+the focal losses.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 __all__ = ["FAMILIES", "Family"]
 
 Option = Callable[[str, Any], Any]
-Formula = Callable[[Tensor, Tensor, Option], Tensor]
+Formula = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,17 @@ class Family:
         name: for the report.
         words: the names that it goes by, without "loss".
         formula: the loss of each element or row.
-        probes: pairs of input and target over all its regions.
+        probes: inputs and targets over all its regions, and variances where it takes them.
         classes: whether input is rows of logits and target their classes.
+        option: an option that losses of this family have, and few others.
     """
 
     name: str
     words: tuple[str, ...]
     formula: Formula
-    probes: Callable[[], tuple[Tensor, Tensor]]
+    probes: Callable[[], tuple[Tensor, ...]]
     classes: bool = False
+    option: str = ""
 
 
 def residuals() -> tuple[Tensor, Tensor]:
@@ -136,6 +139,17 @@ def poisson(x: Tensor, t: Tensor, option: Option) -> Tensor:
     return loss
 
 
+def variances() -> tuple[Tensor, Tensor, Tensor]:
+    x, t = residuals()
+    return x, t, torch.logspace(-2, 2, 7, dtype=torch.float64, device="cpu").repeat(7)[: len(x)]
+
+
+def gaussian(x: Tensor, t: Tensor, variance: Tensor, option: Option) -> Tensor:
+    v = variance.clamp(min=float(option("eps", 1e-6)))
+    loss = (v.log() + (x - t) ** 2 / v) / 2
+    return loss + math.log(2 * math.pi) / 2 if option("full", False) else loss
+
+
 def hinge(x: Tensor, t: Tensor, option: Option) -> Tensor:
     return (1 - x * t).clamp(min=0)
 
@@ -190,21 +204,22 @@ def multi_margin(x: Tensor, t: Tensor, option: Option) -> Tensor:
 FAMILIES = (
     Family("mean squared error", ("mse", "l2", "squarederror", "meansquarederror"), mse, residuals),
     Family("mean absolute error", ("l1", "mae", "absoluteerror", "meanabsoluteerror"), l1, residuals),
-    Family("Huber", ("huber",), huber, residuals),
-    Family("smooth L1", ("smoothl1",), smooth_l1, residuals),
+    Family("Huber", ("huber",), huber, residuals, option="delta"),
+    Family("smooth L1", ("smoothl1",), smooth_l1, residuals, option="beta"),
     Family("log-cosh", ("logcosh",), log_cosh, residuals),
     Family("pinball", ("pinball", "quantile"), pinball, residuals),
     Family("binary cross-entropy", ("bce", "binarycrossentropy"), bce, probabilities),
     Family("binary cross-entropy with logits", ("bcewithlogits", "bcelogits", "binarycrossentropywithlogits", "sigmoidbce"),
            bce_with_logits, logits),
-    Family("sigmoid focal", ("focal", "sigmoidfocal", "binaryfocal", "focalbce"), sigmoid_focal, logits),
-    Family("KL divergence", ("kldiv", "kl", "kldivergence"), kl_div, shares),
-    Family("Poisson", ("poissonnll", "poisson"), poisson, counts),
+    Family("sigmoid focal", ("focal", "sigmoidfocal", "binaryfocal", "focalbce"), sigmoid_focal, logits, option="gamma"),
+    Family("KL divergence", ("kldiv", "kl", "kldivergence"), kl_div, shares, option="log_target"),
+    Family("Poisson", ("poissonnll", "poisson"), poisson, counts, option="log_input"),
+    Family("Gaussian", ("gaussiannll", "gaussian"), gaussian, variances),
     Family("hinge", ("hinge",), hinge, signed),
     Family("squared hinge", ("squaredhinge", "sqhinge"), squared_hinge, signed),
     Family("soft margin", ("softmargin", "logistic"), soft_margin, signed),
     Family("cross-entropy", ("crossentropy", "ce", "softmaxcrossentropy"), cross_entropy, rows, True),
     Family("negative log-likelihood", ("nll",), nll, rows, True),
-    Family("focal", ("focal", "softmaxfocal", "focalce"), focal, rows, True),
+    Family("focal", ("focal", "softmaxfocal", "focalce"), focal, rows, True, "gamma"),
     Family("multi-margin", ("multimargin",), multi_margin, rows, True),
 )  # fmt: skip
