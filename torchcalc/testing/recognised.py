@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchcalc.testing.contract import agree
-from torchcalc.testing.regions import interval
+from torchcalc.testing.grid import interval
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
 from torchcalc.testing.subject import CLEAR, Subject, name_of

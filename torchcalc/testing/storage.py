@@ -188,7 +188,10 @@ def of_torch(fn: Any) -> bool:
     """Whether a callable is torch's own, whose mistakes are not the caller's."""
     while hasattr(fn, "func"):
         fn = fn.func
-    if inspect.isbuiltin(fn):
+    owner = getattr(fn, "__self__", None)
+    if isinstance(owner, type):  # Function.apply
+        fn = owner
+    elif inspect.isbuiltin(fn):
         return True
     module = type(fn).__module__ if isinstance(fn, torch.nn.Module) else getattr(fn, "__module__", None)
     return (module or "").partition(".")[0] == "torch"
