@@ -23,6 +23,7 @@ from torchcalc.activations.tanh import Tanh
 from torchcalc.layers.group_norm import GroupNorm
 from torchcalc.layers.layer_norm import LayerNorm
 from torchcalc.layers.linear import Linear
+from torchcalc.layers.mlp import MLP, GatedMLP
 from torchcalc.layers.rms_norm import RMSNorm
 from torchcalc.layers.softmax import LogSoftmax, Softmax
 from torchcalc.losses.binary_cross_entropy import BCELoss, BCEWithLogitsLoss
@@ -40,11 +41,13 @@ __all__ = [
     "ELU",
     "GELU",
     "GLU",
+    "MLP",
     "Abs",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "Exp",
+    "GatedMLP",
     "GaussianNLLLoss",
     "GroupNorm",
     "HuberLoss",
