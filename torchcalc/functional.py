@@ -24,6 +24,8 @@ from torchcalc.activations.square import square
 from torchcalc.activations.tanh import tanh
 from torchcalc.layers.add_rms_norm import add_rms_norm
 from torchcalc.layers.attention import scaled_dot_product_attention
+from torchcalc.layers.dropout import dropout
+from torchcalc.layers.embedding import embedding
 from torchcalc.layers.group_norm import group_norm
 from torchcalc.layers.layer_norm import layer_norm
 from torchcalc.layers.linear import linear
@@ -47,7 +49,9 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "dropout",
     "elu",
+    "embedding",
     "exp",
     "gated_mlp",
     "gaussian_nll_loss",

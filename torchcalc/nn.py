@@ -20,6 +20,8 @@ from torchcalc.activations.silu import SiLU
 from torchcalc.activations.softplus import Softplus
 from torchcalc.activations.square import Square
 from torchcalc.activations.tanh import Tanh
+from torchcalc.layers.dropout import Dropout
+from torchcalc.layers.embedding import Embedding
 from torchcalc.layers.group_norm import GroupNorm
 from torchcalc.layers.layer_norm import LayerNorm
 from torchcalc.layers.linear import Linear
@@ -46,6 +48,8 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "Dropout",
+    "Embedding",
     "Exp",
     "GatedMLP",
     "GaussianNLLLoss",

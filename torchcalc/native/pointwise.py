@@ -61,7 +61,8 @@ def rows() -> Any:
     cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, z_loss), softmax(input, dim, log),
     rms_norm(input, residual, weight, normalized_shape, eps), layer_norm(input, weight, bias, normalized_shape, eps),
     group_norm(input, weight, bias, num_groups, eps), attention(query, key, value, mask, causal, scale, grouped),
-    mlp(place, input, weight, bias, up_weight, up_bias, down_weight, down_bias, recompute).
+    mlp(place, input, weight, bias, up_weight, up_bias, down_weight, down_bias, recompute),
+    embedding(weight, index, padding or -1, by_frequency, sparse, scale), dropout(input, p).
     """
     return _nodes if _connect() else None
 
@@ -97,7 +98,7 @@ _library: Any = None
 def _register_second_derivatives() -> None:
     global _library
     from torchcalc.formula.pointwise import FORMULAS, gradients
-    from torchcalc.layers import attention, group_norm, layer_norm, mlp, rms_norm, softmax
+    from torchcalc.layers import attention, dropout, embedding, group_norm, layer_norm, mlp, rms_norm, softmax
     from torchcalc.losses.cross_entropy import gradients as cross_entropy_gradients
     from torchcalc.promotion import like, widen
 
@@ -205,6 +206,14 @@ def _register_second_derivatives() -> None:
         hidden = mlp.hidden_of(x, parts)
         return given(mlp.gradients(FORMULAS[name], g, [None] * len(hidden), x, parts, hidden, needed))
 
+    def embedding_backward(
+        g: Tensor, index: Tensor, rows: int, padding: int, by_frequency: bool, sparse: bool, scale: float
+    ) -> Tensor:
+        return embedding.gradient(g, index, rows, padding, by_frequency, sparse, scale)
+
+    def dropout_backward(g: Tensor, keep: Tensor, p: float) -> Tensor:
+        return dropout.kept(g, keep, p)
+
     _library = torch.library.Library("torchcalc_nodes", "FRAGMENT")
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Batched"):  # vmap's two kinds too
         for backward in (
@@ -216,5 +225,7 @@ def _register_second_derivatives() -> None:
             group_norm_backward,
             attention_backward,
             mlp_backward,
+            embedding_backward,
+            dropout_backward,
         ):
             _library.impl(backward.__name__, backward, key)

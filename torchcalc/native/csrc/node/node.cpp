@@ -16,6 +16,7 @@
 #include "attention.h"
 #include "common.h"
 #include "gpu.h"
+#include "layers.h"
 #include "mlp.h"
 #include "norms.h"
 #include "pointwise.h"
@@ -306,6 +307,41 @@ PyObject* py_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// embedding(weight, index, padding or -1, by_frequency, sparse, scale)
+PyObject* py_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::SmallVector<Tensor, max_inputs> w;
+  if (count != 6 || is_observed() || !read_inputs(args, 1, w) || !THPVariable_CheckExact(args[1])) Py_RETURN_NONE;
+  const Tensor& index = THPVariable_Unpack(args[1]);
+  const int64_t padding = PyLong_AsLongLong(args[2]);
+  const bool by_frequency = PyObject_IsTrue(args[3]), sparse = PyObject_IsTrue(args[4]);
+  const double scale = PyFloat_AsDouble(args[5]);
+  if (PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = embedding(w[0], index, padding, by_frequency, sparse, scale);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// dropout(input, p)
+PyObject* py_dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::SmallVector<Tensor, max_inputs> x;
+  if (count != 2 || is_observed() || !read_inputs(args, 1, x)) Py_RETURN_NONE;
+  const double p = PyFloat_AsDouble(args[1]);
+  if (PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = dropout(x[0], p);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 // saved(grad_fn) -> what it keeps for backward, as torch's SavedTensor; None if it is not one of these nodes.
 PyObject* py_saved(PyObject*, PyObject* object) {
   HANDLE_TH_ERRORS
@@ -426,6 +462,8 @@ PyMethodDef methods[] = {
     {"layer_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_layer_norm)), METH_FASTCALL, nullptr},
     {"group_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_group_norm)), METH_FASTCALL, nullptr},
     {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_attention)), METH_FASTCALL, nullptr},
+    {"embedding", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_embedding)), METH_FASTCALL, nullptr},
+    {"dropout", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_dropout)), METH_FASTCALL, nullptr},
     {"mlp", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_mlp)), METH_FASTCALL, nullptr},
     {"saved", py_saved, METH_O, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},
@@ -458,6 +496,9 @@ TORCH_LIBRARY(torchcalc_nodes, m) {
   m.def(
       "group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int groups, "
       "float eps, bool[] needed) -> Tensor[]");
+  m.def(
+      "embedding_backward(Tensor grad, Tensor index, int rows, int padding, bool by_frequency, bool sparse, float scale) -> Tensor");
+  m.def("dropout_backward(Tensor grad, Tensor keep, float p) -> Tensor");
   m.def(
       "mlp_backward(str formula, Tensor grad, Tensor input, Tensor weight, Tensor? bias, Tensor? up_weight, Tensor? up_bias, "
       "Tensor down_weight, Tensor? down_bias, bool[] needed) -> Tensor[]");
