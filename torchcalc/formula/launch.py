@@ -166,7 +166,10 @@ _totals: dict[torch.dtype, gpu.Kernel] = {}
 
 
 def find(formula: Formula, kind: Any, tensors: Sequence[Tensor | None]) -> Launcher:
-    """The launcher for a kind of pass: "value", "whole", an index for a product, "loss", "partial", (index,) for a loss's product."""
+    """The launcher for a kind of pass.
+
+    These are "value", "whole", an index for a product, "loss", "partial", and (index,) for a loss's product.
+    """
     dtypes: list[torch.dtype | None] = []
     low = 0
     for t in tensors:
@@ -187,7 +190,9 @@ def _make_whole(formula: Formula, dtype: torch.dtype, aligned: bool) -> Launcher
     inputs = dict.fromkeys(("g", *formula.inputs), ELEMENTS[dtype])
     outputs = dict.fromkeys(formula.together, ELEMENTS[dtype])
     type_ = compute_type([dtype])
-    code = assignments(formula.together, LANGUAGES[type_], lambda e: f"{e.args[0]}_at")  # an input and a result share a name
+    code = assignments(
+        formula.together, LANGUAGES[type_], lambda e: f"{e.args[0]}_at"
+    )  # an input and a result share a name
     named = {f"{x}_at": element for x, element in inputs.items()}
     arguments = {f"{x}_in": f"*{t}" for x, t in inputs.items()} | {f"{x}_to": f"*{t}" for x, t in outputs.items()}
     block = Block(code, named, outputs, type_, BLOCK)

@@ -158,6 +158,10 @@ def gradients(
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+def tangents_of(q: Tensor | None, k: Tensor | None, v: Tensor | None, mask: Mask = None) -> Tangents:
+    return q, k, v, mask
+
+
 def score_change(here: slice, along: Tangents, q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Ṡ of these rows; zero where nothing changes S."""
     dq, dk, _, dm = along
@@ -183,7 +187,15 @@ def tangent(along: Tangents, q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal
 
 
 def gradients_change(
-    dg: Tensor | None, along: Tangents, g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool, scale: float
+    dg: Tensor | None,
+    along: Tangents,
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    causal: bool,
+    scale: float,
 ) -> list[Tensor | None]:
     """How the gradients of Q, K, V, M change as G and these do."""
     sums = Sums(q, k, v, mask)
@@ -232,17 +244,16 @@ class AttentionGradient(Function):
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor) -> tuple[Tensor | None, ...]:
-        g, *arguments = ctx.saved_tensors
-        how = ctx.causal, ctx.scale
-        q, k, v, m = (*along, None)[:4]
-        dy = tangent((q, k, v, m), *arguments, *how)
-        return dy.to(g.dtype), *gradients_change(None, (q, k, v, m), g, *arguments, *how), None, None
+        g, q, k, v, mask = ctx.saved_tensors
+        direction = tangents_of(*along)
+        dy = tangent(direction, q, k, v, mask, ctx.causal, ctx.scale)
+        back = gradients_change(None, direction, g, q, k, v, mask, ctx.causal, ctx.scale)
+        return dy.to(g.dtype), *back, None, None
 
     @staticmethod
     def jvp(ctx: Any, dg: Tensor | None, *along: Any) -> tuple[Tensor | None, ...]:
-        g, *arguments = ctx.saved_tensors
-        grads = gradients_change(dg, along[:4], g, *arguments, ctx.causal, ctx.scale)
-        mask = arguments[3]
+        g, q, k, v, mask = ctx.saved_tensors
+        grads = gradients_change(dg, tangents_of(*along[:4]), g, q, k, v, mask, ctx.causal, ctx.scale)
         return tuple(grads if mask is not None and mask.is_floating_point() else grads[:3])
 
 
@@ -260,12 +271,13 @@ class AttentionFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(g, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.needs_input_grad[:4]), None, None
+        q, k, v, mask = ctx.saved_tensors
+        return *backward(g, q, k, v, mask, ctx.causal, ctx.scale, ctx.needs_input_grad[:4]), None, None
 
     @staticmethod
     def jvp(ctx: Any, *along: Any) -> Tensor:
-        q, *rest = ctx.saved_tensors
-        return tangent(along[:4], q, *rest, ctx.causal, ctx.scale).to(q.dtype)
+        q, k, v, mask = ctx.saved_tensors
+        return tangent(tangents_of(*along[:4]), q, k, v, mask, ctx.causal, ctx.scale).to(q.dtype)
 
 
 def backward(
@@ -345,7 +357,8 @@ def scaled_dot_product_attention(
         RuntimeError: if shapes, dtypes or a mask beside ``is_causal`` do not fit, as torch.
 
     Differs from torch, whose fused kernels it uses: second derivatives and forward mode work with every kernel, in memory
-    that is linear in L and S. What ``torch.compile`` traces is torch's own.
+    that is linear in L and S. On CPU a query with NaN gives NaN where there are fewer than 16 keys too, and keys without values
+    are refused. What ``torch.compile`` traces is torch's own.
 
     Reference: Vaswani et al. 2017, arXiv:1706.03762; Dao et al. 2022, arXiv:2205.14135.
 
@@ -359,28 +372,34 @@ def scaled_dot_product_attention(
         how: Any = {"scale": scale, "enable_gqa": enable_gqa}
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **how)
 
+    if min(key.dim(), value.dim()) >= 2 and key.shape[-2] != value.shape[-2]:  # torch's kernels read beyond the end
+        raise RuntimeError(
+            f"key has {key.shape[-2]} rows and value {value.shape[-2]} (shapes {tuple(key.shape)}, {tuple(value.shape)}); "
+            "each key needs its value"
+        )
     if torch.compiler.is_compiling() or dropout_p != 0.0 or (is_causal and attn_mask is not None):
         return torchs()
     if (autocast := autocasts(query)) and kernels.rows() is not None:
         low = torch.get_autocast_dtype(query.device.type)
-        floats = (cast(x, low) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in (query, key, value))
+        q, k, v, mask = (
+            cast(x, low) if x is not None and x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x
+            for x in (query, key, value, attn_mask)
+        )
+        assert q is not None and k is not None and v is not None
         with torch.autocast(query.device.type, enabled=False):
-            mask = attn_mask.to(low) if attn_mask is not None and attn_mask.dtype == torch.float32 else attn_mask
-            return scaled_dot_product_attention(*floats, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+            return scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     if (rows := kernels.rows()) is None:
         native.warn_once((query,), nodes=True)
     elif not autocast:
         found: Tensor | None = rows.attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if found is not None:
             return found
-    q, k, v, mask = query, key, value, attn_mask
-    groups = False
-    if enable_gqa and min(q.dim(), k.dim()) >= 3 and q.shape[-3] != k.shape[-3]:
-        if k.shape[-3] == 0 or q.shape[-3] % k.shape[-3] or k.shape[-3] != v.shape[-3]:
+    given = query, key, value, attn_mask
+    if groups := enable_gqa and min(query.dim(), key.dim()) >= 3 and query.shape[-3] != key.shape[-3]:
+        if key.shape[-3] == 0 or query.shape[-3] % key.shape[-3] or key.shape[-3] != value.shape[-3]:
             return torchs()
-        q, k, v, mask = grouped(q, k, v, mask)
-        groups = True
-    if not fits(q, k, v, mask):
+        given = grouped(*given)
+    if not fits(*given):
         return torchs()
-    y = AttentionFunction.apply(q, k, v, mask, is_causal, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    y: Tensor = AttentionFunction.apply(*given, is_causal, query.shape[-1] ** -0.5 if scale is None else float(scale))
     return y.reshape(*query.shape[:-1], value.shape[-1]) if groups else y

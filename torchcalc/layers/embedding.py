@@ -4,8 +4,8 @@ Derivation.  Y is linear in W, and a row of W takes part in every Y_n that names
 
     ∂L/∂W_v = s·Σ_{n: i_n = v} G_n,                                               (1)
 
-a sum over the uses. With ``scale_grad_by_freq`` it is divided by their number; the row ``padding_idx`` gets nothing. (1) is linear
-in G, so its own derivative leads back to Y's form:
+a sum over the uses. With ``scale_grad_by_freq`` it is divided by their number; the row ``padding_idx`` gets nothing. (1) is
+linear in G, so its own derivative leads back to Y's form:
 
     ∂L/∂G_n = s·U[i_n]   where U is the gradient of (1), without the padding's row. (2)
 
@@ -32,11 +32,13 @@ from torchcalc.tracing import NotScripted, leaf
 __all__ = ["Embedding", "embedding"]
 
 
-def gradient(g: Tensor, index: Tensor, rows: int, padding: int, by_frequency: bool, sparse: bool, scale: float) -> Tensor:
+def gradient(
+    g: Tensor, index: Tensor, rows: int, padding: int, by_frequency: bool, sparse: bool, scale: float
+) -> Tensor:
     """(1), by operations that have derivatives of their own unless it is sparse."""
     if sparse:
         return torch.ops.aten.embedding_sparse_backward(g, index, rows, padding, by_frequency) * scale
-    each = widen(g).reshape(-1, g.shape[-1]) * scale
+    each = widen(g).reshape(index.numel(), g.shape[-1]) * scale
     named = index.reshape(-1).long()
     each = each.masked_fill((named == padding)[:, None], 0.0)
     if by_frequency:

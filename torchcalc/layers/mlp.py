@@ -14,9 +14,9 @@ and the first layers, which share X, give
 
 In forward mode the same three steps lead from ẋ, Ẇ and ḃ to Ȧ and Ḃ, to Ḣ, and to Ẏ = Ḣ·W₂ᵀ + H·Ẇ₂ᵀ + ḃ₂.       (4)
 
-Saves X, the weights, A and B: of the four tensors of the hidden size that autograd would keep of the operations (A, φ(A), B, H; two
-without a gate) those two from which (2) and H are computed, in one pass. With ``recompute`` A and B are not kept either, but computed
-from X again, for one more product each.
+Saves X, the weights, A and B. Of the operations autograd would keep four tensors of the hidden size, A, φ(A), B and H (without a
+gate A and H); from A and B one pass computes (2) and H. With ``recompute`` A and B are not kept either, but computed from X
+again, for one more product each.
 
 A and B are outputs of the Function, so their own derivatives are those of the first layers: second derivatives find their way.
 
@@ -33,7 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from torchcalc import native
-from torchcalc.activations import gelu, glu, relu, sigmoid, silu, tanh
+from torchcalc.activations import gelu, relu, sigmoid, silu, tanh
+from torchcalc.activations.glu import geglu, reglu, swiglu  # noqa: F401  which define the gates
 from torchcalc.autograd import Function
 from torchcalc.casts import cast
 from torchcalc.formula.launched import enter, whole_kernels
@@ -136,13 +137,13 @@ class MLPFunction(Function):
         x, *rest = ctx.saved_tensors
         parts, formula = rest[:6], FORMULAS[ctx.name]
         hidden = rest[6:] or hidden_of(x, parts)
-        changes: list[Tensor] = []
-        for i, a in enumerate(hidden):
-            changes.append(linear_change(dx, *tangents[2 * i : 2 * i + 2], x, parts[2 * i], a))
+        changes = [
+            linear_change(dx, tangents[2 * i], tangents[2 * i + 1], x, parts[2 * i], a) for i, a in enumerate(hidden)
+        ]
         h = formula.on_tensors(*hidden)
         known = {**dict(zip(formula.inputs, hidden, strict=True)), "y": h}
         dh = change(formula, changes, [known[name] for name in formula.saved], ()).to(h.dtype)
-        y = linear_change(dh, *tangents[4:6], h, parts[4], None)
+        y = linear_change(dh, tangents[4], tangents[5], h, parts[4], None)
         return (y,) if ctx.recompute else (y, *changes)
 
 
@@ -198,7 +199,7 @@ def check_shapes(x: Tensor, **weights: Tensor | None) -> None:
         if w is None:
             continue
         if "bias" in name:
-            wanted: tuple[Any, ...] = (last.shape[:1] if name in ("bias2", "down_bias") else first.shape[:1])
+            wanted: tuple[Any, ...] = last.shape[:1] if name in ("bias2", "down_bias") else first.shape[:1]
         else:
             wanted = (last.shape[0] if last.dim() else None, first.shape[0]) if w is last else (*first.shape[:1], size)
         if tuple(w.shape) != tuple(wanted):
@@ -342,9 +343,16 @@ class MLP(NotScripted, nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply :func:`mlp` to ``(*, in_features)``."""
-        first, _, last = self
+        first: Any = self[0]
+        last: Any = self[2]
         return mlp(
-            input, first.weight, last.weight, first.bias, last.bias, activation=self.activation, recompute=self.recompute
+            input,
+            first.weight,
+            last.weight,
+            first.bias,
+            last.bias,
+            activation=self.activation,
+            recompute=self.recompute,
         )
 
 

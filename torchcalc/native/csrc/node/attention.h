@@ -21,6 +21,8 @@ namespace {
 // torch's numbers for its kernels.
 enum class Fused : int64_t { flash = 1, efficient = 2 };
 
+constexpr int64_t widest = 16;  // numbers of torch's longest vectors
+
 struct AttentionBackward : public KernelNode {
   SavedVariable saved_q, saved_k, saved_v, saved_mask, saved_y, saved_lse;
   Tensor seed, offset;  // of dropout, which there is none of: the kernels take them
@@ -97,6 +99,7 @@ Tensor as_added(const Tensor& mask, const Tensor& q, const Tensor& k, Fused kern
 
 std::optional<Tensor> attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, bool causal, std::optional<double> given, bool grouped) {
+  if (k.dim() < 3 || v.dim() < 3 || k.size(-2) != v.size(-2)) return std::nullopt;  // of which torch's kernels read too much
   for (const Tensor& x : {q, k, v}) {
     if (x.dim() != 4 || x.numel() == 0 || x.scalar_type() != q.scalar_type() || x.device() != q.device()) return std::nullopt;
   }
@@ -117,6 +120,8 @@ std::optional<Tensor> attention(
     if (mask.defined()) m = as_added(mask, q, k, kernel);
     if (q.is_cpu()) {
       std::tie(y, lse) = at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, if_defined(m), scale);
+      // Of fewer keys than a vector holds the kernel takes a row of NaN for one that is masked, and returns 0.
+      if (k.size(2) < widest) y.masked_fill_(q.sum(-1, true).isnan(), std::numeric_limits<double>::quiet_NaN());
     } else if (kernel == Fused::flash) {
       auto [out, sums, cumulated_q, cumulated_k, longest_q, longest_k, s, o, debug] =
           at::_scaled_dot_product_flash_attention(q, k, v, 0.0, causal, false, scale);
