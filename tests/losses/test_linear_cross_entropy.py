@@ -34,7 +34,8 @@ def gradients(f, leaves, double=False, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("memory", BUDGETS)
-def test_chunks_are_the_whole(memory, reduction, dtype):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_chunks_are_the_whole(recompute, memory, reduction, dtype):
     """For every set of arguments that need a gradient: what is frozen is not computed."""
     target = classes(23, high=11)
     target[::5] = -100
@@ -48,8 +49,9 @@ def test_chunks_are_the_whole(memory, reduction, dtype):
         if frozen == "no bias":
             leaves[2] = None
         options = dict(target=target, reduction=reduction, label_smoothing=smoothing)
+        way = dict(memory=memory, recompute=recompute)
         c = class_weight if weighted else None
-        mine = gradients(linear_cross_entropy, leaves, weight=c, memory=memory, **options)
+        mine = gradients(linear_cross_entropy, leaves, weight=c, **way, **options)
         right = gradients(
             stock.linear_cross_entropy, leaves, double=True, weight=c.double() if weighted else c, **options
         )
@@ -67,10 +69,11 @@ def test_bfloat16_gradients_of_the_weight_are_added_in_float32():
     assert g.tolist() == [[-2048.0], [2048.0]]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_backward_twice_gives_the_same(reduction):
+def test_backward_twice_gives_the_same(reduction, recompute):
     x, w = normal(6, 4).requires_grad_(), normal(3, 4, seed=1).requires_grad_()
-    loss = linear_cross_entropy(x, w, classes(6, high=3), reduction=reduction).sum()
+    loss = linear_cross_entropy(x, w, classes(6, high=3), reduction=reduction, recompute=recompute).sum()
     first = torch.autograd.grad(loss, (x, w), retain_graph=True)
     again = torch.autograd.grad(3 * loss, (x, w))
     assert_close([3 * g for g in first], list(again))
@@ -102,14 +105,17 @@ def test_autocast_gives_a_loss_of_float32():
     assert_close(torch.autograd.grad(mine, (x, w)), torch.autograd.grad(whole, (x, w)), rtol=0.02, atol=1e-3)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("bad", [3, -1])
-def test_a_target_that_is_no_class(bad):
+def test_a_target_that_is_no_class(bad, recompute):
     with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
-        linear_cross_entropy(normal(2, 4), normal(3, 4), torch.tensor([0, bad]))
+        linear_cross_entropy(normal(2, 4), normal(3, 4), torch.tensor([0, bad]), recompute=recompute)
 
 
 def test_what_does_not_fit_is_refused():
     x, w, t = normal(2, 4), normal(3, 4), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"metrics=True with recompute=True"):
+        linear_cross_entropy(x, w, t, metrics=True, recompute=True)
     with pytest.raises(ValueError, match=r"memory=0: bytes for logits, > 0"):
         linear_cross_entropy(x, w, t, memory=0)
     refused = {
@@ -155,15 +161,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.slow
-def test_the_logits_are_never_there():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_logits_are_never_there(recompute):
     """They would be 128 MiB, and their gradient as much."""
-    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    code = MEMORY.replace("memory=", f"recompute={recompute}, memory=")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 32 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory", BUDGETS)
-def test_what_torch_does_not_take(memory, dtype):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_torch_does_not_take(recompute, memory, dtype):
     target = classes(23, high=11)
     target[::5] = -100
     eps = torch.finfo(dtype).eps
@@ -173,7 +182,7 @@ def test_what_torch_does_not_take(memory, dtype):
             x, w = (a.to(dtype).to(wide).requires_grad_() for a in (normal(23, 6), normal(11, 6, seed=1)))
             u = normal(23, seed=2).abs().to(dtype).to(wide) if weighted else None
             if wide is dtype:
-                loss = linear_cross_entropy(x, w, target, memory=memory, token_weight=u, **options)
+                loss = linear_cross_entropy(x, w, target, memory=memory, token_weight=u, recompute=recompute, **options)
             else:
                 loss = stock.cross_entropy(x @ w.t(), target, token_weight=u, **options)
             g = torch.linspace(0.5, 1.5, loss.numel()).to(x).view(loss.shape)

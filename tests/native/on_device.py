@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.interpreter import mend
 from torchcalc.losses.cross_entropy import _launched
+from torchcalc.losses.linear_cross_entropy import linear_cross_entropy
 from torchcalc.native import gpu, row_kernels
 
 if gpu.INTERPRETED:
@@ -157,3 +158,40 @@ def test_batches_of_gradients() -> None:
         for f in (launched, F.cross_entropy)
     ]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 32, 70, 4100])
+def test_slopes_of_a_chunk_of_classes(classes: int, dtype: torch.dtype) -> None:
+    """As linear_cross_entropy has them that computes its logits again: some targets lie in other chunks."""
+    table = torch.randn(5, classes // 16 * 16 + 32, dtype=torch.float64).to(dtype)
+    x = table[:, :classes]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    lse = x.double().logsumexp(1).to(wide) + 0.5
+    factor, own = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0]).to(wide), torch.tensor([1.0, 0.5, 0.0, 1.5, 1.0]).to(wide)
+    place = torch.tensor([0, classes - 1, 0, -3, classes])
+    right = factor[:, None].double() * (x.double() - lse[:, None].double()).exp()
+    right[0, 0] -= 1
+    right[1, classes - 1] -= 0.5
+    beyond = table[:, classes:].clone()
+    x[2, 0] = torch.inf  # an ignored row contributes nothing, whatever it is
+    right[2] = 0
+    assert row_kernels.slopes_(x, lse, factor, own, place) is x
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(x.double(), right, rtol=8 * eps, atol=8 * eps)
+    assert torch.equal(table[:, classes:], beyond)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_by_classes(dtype: torch.dtype, smoothing: float) -> None:
+    x, w = (torch.randn(s, dtype=torch.float64).to(dtype).requires_grad_() for s in ((5, 8), (150, 8)))
+    t = torch.tensor([0, 149, -100, 70, 64])
+    loss = linear_cross_entropy(x, w, t, memory=5 * 64 * x.element_size(), recompute=True, label_smoothing=smoothing)
+    wide = [a.detach().double().requires_grad_() for a in (x, w)]
+    right = F.cross_entropy(F.linear(*wide), t, label_smoothing=smoothing)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(loss.double(), right, rtol=8 * eps, atol=8 * eps)
+    mine, theirs = torch.autograd.grad(loss, (x, w)), torch.autograd.grad(right, wide)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=8 * eps, atol=8 * eps * float(b.abs().max()))

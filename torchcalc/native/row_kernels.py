@@ -18,7 +18,7 @@ from torch import Tensor
 from torchcalc.formula.triton import ELEMENTS, TYPES, compute_type, signature
 from torchcalc.native import gpu, pointwise
 
-__all__ = ["Kept", "cross_entropy", "cross_entropy_gradient", "takes"]
+__all__ = ["Kept", "cross_entropy", "cross_entropy_gradient", "slopes_", "takes"]
 
 #: The longest block of a row that one program has at hand.
 LONGEST = 4096
@@ -94,6 +94,16 @@ def cross_entropy_gradient(
     numbers = _numbers(kind, x, (x, grad), ignored, smoothing, z_loss)
     _backward(*kind, reduction in BY_ROW).launch(x.device, programs, tensors, numbers)
     return grad
+
+
+def slopes_(x: Tensor, lse: Tensor, factor: Tensor, own: Tensor, place: Tensor) -> Tensor:
+    """x becomes factor·e^(x - lse), less own at place where that is one of its columns: (2) of by_classes.py."""
+    kind = _kind(x, None, 0.0)
+    programs = len(x) * -(-x.shape[1] // kind.block)
+    rows, classes, stride = _numbers(kind, x, (x,), 0, 0.0, 0.0)[:3]
+    tensors = [x, place.contiguous(), *(a.to(lse.dtype).contiguous() for a in (lse, factor, own))]
+    _slopes(*kind[:4]).launch(x.device, programs, tensors, (rows, classes, stride))
+    return x
 
 
 class Kind(NamedTuple):
@@ -282,6 +292,38 @@ def _backward(
         there = o < classes{block_of_row(", mask=there", ', mask=there, other=float("-inf")', ", mask=there, other=0.0")}
 """
     return _kernel("cross_entropy_backward", arguments, text, type_, block, 2 * even)
+
+
+@functools.cache
+def _slopes(block: int, dtype: torch.dtype, even: bool, whole: bool) -> gpu.Kernel:
+    type_, element = compute_type([dtype]), ELEMENTS[dtype]
+    arguments = {"x": f"*{element}", "place": "*i64"} | dict.fromkeys(("lse", "factor", "own"), f"*{type_}")
+    arguments |= dict.fromkeys(("rows", "classes", "stride"), "i64")
+    sixteens = "".join(f"\n    {x} = {x} * 16" for x in ("classes",) * whole + ("stride",) * even)
+
+    def block_of_row(mask: str, load: str) -> str:
+        return f"""
+        v = tl.load(x + o{load}).to(T)
+        slope = tl.where(f == 0.0, 0.0, f * libdevice.exp(v - about))
+        slope = tl.where(o == y, slope - at_target, slope)
+        tl.store(x + o, slope.to({TYPES[element]}){mask})"""
+
+    text = f"""{sixteens}
+    blocks = (classes + BLOCK - 1) // BLOCK
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    start = (program % blocks) * BLOCK
+    x += row * stride
+    o = start + tl.arange(0, BLOCK)
+    y = tl.load(place + row)
+    about = tl.load(lse + row)
+    f = tl.load(factor + row)
+    at_target = tl.load(own + row)
+    if start + BLOCK <= classes:{block_of_row("", "")}
+    else:
+        there = o < classes{block_of_row(", mask=there", ', mask=there, other=float("-inf")')}
+"""
+    return _kernel("cross_entropy_slopes", arguments, text, type_, block, int(even))
 
 
 def _kernel(name: str, arguments: dict[str, str], text: str, type_: str, block: int, aligned: int) -> gpu.Kernel:
