@@ -38,6 +38,9 @@ from torchcalc.testing import registry
 from torchcalc.testing.optimizers import (  # isort: skip  # noqa: F401
     descent,
     parity,
+    longrun,
+    sizes,
+    large,
     groups,
     contract,
     schedules,
@@ -60,6 +63,7 @@ def check_optimizer(
     *,
     options: Mapping[str, Any] | None = None,
     threshold: float | None = None,
+    prepare: Callable[[Any], Any] | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     compile: bool = False,
@@ -75,6 +79,8 @@ def check_optimizer(
         options: constructor arguments under test.
         threshold: the largest lr·λ at which it converges on a quadratic of curvature λ (2 for gradient descent).
             Without it, it is derived for optimizers whose steps are linear in the gradient.
+        prepare: what to call on the optimizer after it is made, such as ``lambda optimizer: optimizer.train()`` of a
+            schedule-free one.
         include: run only checks of these names.
         exclude: leave out checks of these names.
         compile: also run the checks that compile.
@@ -92,7 +98,7 @@ def check_optimizer(
     (True, ['quadratic', 'groups'])
     """
     checks = registry.select(("optimizer",), include, exclude, slow=compile)
-    fresh = _fresh(optimizer, reference, options, threshold)
+    fresh = _fresh(optimizer, reference, options, threshold, prepare)
     with _own_rng():
         return registry.run(fresh().name, checks, fresh, progress)
 
@@ -103,6 +109,7 @@ def assert_optimizer(
     *,
     options: Mapping[str, Any] | None = None,
     threshold: float | None = None,
+    prepare: Callable[[Any], Any] | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     compile: bool = False,
@@ -119,6 +126,7 @@ def assert_optimizer(
         reference,
         options=options,
         threshold=threshold,
+        prepare=prepare,
         include=include,
         exclude=exclude,
         compile=compile,
@@ -134,6 +142,7 @@ def pytest_optimizer(
     *,
     options: Mapping[str, Any] | None = None,
     threshold: float | None = None,
+    prepare: Callable[[Any], Any] | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     compile: bool = False,
@@ -148,7 +157,7 @@ def pytest_optimizer(
     import pytest
 
     checks = registry.select(("optimizer",), include, exclude, slow=compile)
-    fresh = _fresh(optimizer, reference, options, threshold)
+    fresh = _fresh(optimizer, reference, options, threshold, prepare)
 
     @pytest.mark.parametrize("check", checks, ids=[c.name.replace(" ", "_") for c in checks])
     def test_optimizer(check: registry.Check) -> None:
@@ -178,16 +187,18 @@ def _fresh(
     reference: Callable[..., Any] | None,
     options: Mapping[str, Any] | None,
     threshold: float | None,
+    prepare: Callable[[Any], Any] | None,
 ) -> Callable[[], OptimizerSubject]:
-    """What makes a subject for each check; a partial's keywords are options."""
+    """What makes the subject; a partial's keywords are options."""
     given = dict(options or {})
     while isinstance(optimizer, functools.partial) and not optimizer.args:
         given = {**optimizer.keywords, **given}
         optimizer = optimizer.func
 
-    def fresh() -> OptimizerSubject:
+    @functools.cache  # it holds nothing that a check changes, and what it finds out about itself serves all
+    def subject() -> OptimizerSubject:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return OptimizerSubject(optimizer, given, reference, threshold)
+            return OptimizerSubject(optimizer, given, reference, threshold, prepare)
 
-    return fresh
+    return subject

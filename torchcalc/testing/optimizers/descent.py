@@ -51,7 +51,7 @@ def descend(
     """An error unless some step size near the one given reaches enough of the loss at the start."""
     tried = []
     maximize = {"maximize": False} if subject.defaults.get("maximize") else {}
-    for factor in FACTORS if "lr" in subject.defaults else (1.0,):
+    for factor in FACTORS if subject.has_lr else (1.0,):
         options = {"lr": subject.lr * factor} if factor != 1 else {}
         losses = minimize(subject, start, loss, steps, enough, **options, **maximize)
         if losses[-1] <= enough * losses[0]:

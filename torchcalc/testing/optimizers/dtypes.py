@@ -30,7 +30,7 @@ def precisions(subject: OptimizerSubject) -> Finding:
                 torch.randn(s, generator=generator, dtype=torch.float64).clamp(-3, 3).to(dtype).double()
                 for s in subject.shapes(SIZES)
             ]
-            wide = [w * 1e-2 if subject.defaults.get("lr", 1) < 0.1 else w for w in wide]
+            wide = [w * 1e-2 if subject.has_lr and subject.lr < 0.1 else w for w in wide]
             wide = [w.to(dtype).double() for w in wide]
             params = [nn.Parameter(w.to(dtype)) for w in wide]
             # Not small ones: float16 would lose their squares, which is another check's concern.

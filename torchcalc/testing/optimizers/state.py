@@ -66,7 +66,7 @@ def carry_on(
 def load(subject: OptimizerSubject, state_dict: Any, params: list[nn.Parameter], **way: Any) -> Carried:
     """A new optimizer, of another lr, which has loaded the state dict."""
     new = copies(params)
-    other = subject.make(new, **way, **({"lr": 7 * subject.lr} if "lr" in subject.defaults else {}))
+    other = subject.make(new, **way, **({"lr": 7 * subject.lr} if subject.has_lr else {}))
     other.load_state_dict(state_dict)
     return other, new
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchcalc.testing.optimizers.compare import parting
 from torchcalc.testing.optimizers.tensors import SHAPES, Grads, Play, clone, gradients, parameters, set_gradients
 from torchcalc.testing.registry import Skip
 
@@ -29,11 +30,13 @@ class OptimizerSubject:
         options: Mapping[str, Any] | None = None,
         reference: Callable[..., Any] | None = None,
         threshold: float | None = None,
+        prepare: Callable[[Any], Any] | None = None,
     ) -> None:
         self.build, self.options = build, dict(options or {})
-        self.reference, self.threshold = reference, threshold
+        self.reference, self.threshold, self.prepare = reference, threshold, prepare
         self.accepts = _accepted(build)
         self._takes: dict[tuple[int, ...], bool] = {}
+        self.facts: dict[str, Any] = {}  # what checks found out about it, for others
         probe = [nn.Parameter(torch.zeros(2, 2))]
         try:
             self.example = self.make(probe)
@@ -66,9 +69,10 @@ class OptimizerSubject:
                 failures.append(error)
             else:
                 return self.needs_closure
-        raise ValueError(
-            f"{self.name} cannot take a step by a dense gradient: {failures[0]}; there are no checks for that"
-        ) from failures[0]
+        remedy = "there are no checks for that" if self.prepare else "if it must be switched on first, pass prepare="
+        raise ValueError(f"{self.name} cannot take a step by a dense gradient: {failures[0]}; {remedy}") from failures[
+            0
+        ]
 
     @functools.cached_property
     def is_random(self) -> bool:
@@ -78,6 +82,38 @@ class OptimizerSubject:
         runs = [self.trial(params, grads) for _ in range(3)]
         return any(not torch.equal(runs[0][-1][0], run[-1][0]) for run in runs[1:])
 
+    @functools.cached_property
+    def is_noisy(self) -> bool:
+        """Whether its float64 steps depend on the seed of torch's generators, as those of Langevin dynamics do."""
+        params = self.parameters()
+        grads = gradients(params, 2)
+        runs = []
+        for seed in (0, 0, 1):
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                runs.append(self.trial(params, grads)[-1])
+        same, differ = (all(map(torch.equal, runs[0], run)) for run in runs[1:])
+        return same and not differ
+
+    @functools.cached_property
+    def elementwise(self) -> bool:
+        """Whether an element steps by its own gradients alone, and in the same way wherever it lies."""
+        shape = self.shapes(((12,),))[0]
+        (p,) = parameters((shape,))
+        grads = [g for (g,) in gradients([p], 4) if g is not None]
+        half = shape[0] // 2
+        if half == 0:
+            return False
+        whole = [x for (x,) in self.trial([p], [[g] for g in grads])]
+        mirrored = [x for (x,) in self.trial([p.flip(0)], [[g.flip(0)] for g in grads])]
+        try:
+            parts = self.trial([p[:half], p[half:]], [[g[:half], g[half:]] for g in grads])
+        except (RuntimeError, ValueError):
+            return False
+        expected: Play = [[x, x] for x in whole]
+        found: Play = [[x.flip(0), torch.cat(xs)] for x, xs in zip(mirrored, parts, strict=True)]
+        return parting(expected, found) is None
+
     @property
     def name(self) -> str:
         given = ", ".join(f"{k}={v}" for k, v in self.options.items())
@@ -86,16 +122,26 @@ class OptimizerSubject:
     @property
     def lr(self) -> float:
         """The step size under test; a check that needs one skips an optimizer without."""
-        if "lr" not in self.defaults:
-            raise Skip("its groups have no lr")
+        if not self.has_lr:
+            raise Skip(f"its lr is {self.defaults['lr']!r}" if "lr" in self.defaults else "its groups have no lr")
         return float(self.defaults["lr"])
+
+    @property
+    def has_lr(self) -> bool:
+        return isinstance(self.defaults.get("lr"), int | float | Tensor)
 
     def has(self, option: str) -> bool:
         """Whether the constructor or the groups know the option."""
         return option in self.accepts or option in self.defaults
 
     def make(self, params: Any, **override: Any) -> torch.optim.Optimizer:
-        """The optimizer with its options; what a factory does not take goes into the parameter groups."""
+        """The optimizer with its options, prepared; what a factory does not take goes into the parameter groups."""
+        optimizer = self._make(params, **override)
+        if self.prepare is not None:
+            self.prepare(optimizer)
+        return optimizer
+
+    def _make(self, params: Any, **override: Any) -> torch.optim.Optimizer:
         options = {**copy.deepcopy(self.options), **override}
         own = {k: v for k, v in options.items() if k in self.accepts or k in self.options}
         rest = {k: v for k, v in options.items() if k not in own}
