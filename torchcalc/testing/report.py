@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 __all__ = ["Finding", "Report", "Verdict"]
 
-Verdict = Literal["ok", "error", "note", "skipped"]
-SYMBOLS = {"ok": "ok", "error": "ERROR", "note": "note", "skipped": "-"}
+Verdict = Literal["ok", "error", "note", "skipped", "not checked"]
+SYMBOLS = {"ok": "ok", "error": "ERROR", "note": "note", "skipped": "-", "not checked": "?"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Finding:
 
     Attributes:
         check: the check's name.
-        verdict: "ok"; "error", a wrong result; "note", a weakness of the contract; "skipped", with the reason as
+        verdict: "ok"; "error", a wrong result; "note", a weakness of the contract; "skipped", for a check that
+            does not apply, and "not checked", for one that applies but could compare nothing, with the reason as
             diagnosis.
         figure: what was measured, short: "3e-11 of 2e-9 allowed".
         diagnosis: for an error or a note what is wrong, where, by how much, and why, as far as the pattern shows it.
@@ -74,13 +75,13 @@ class Report:
         width = max([len(f.check) for f in self.findings] + [5])
         lines = [self.subject, f"  {'check':<{width}}  verdict  figure"]
         for f in self.findings:
-            reason = f.diagnosis if f.verdict == "skipped" else f.figure
+            reason = f.diagnosis if f.verdict in ("skipped", "not checked") else f.figure
             lines.append(f"  {f.check:<{width}}  {SYMBOLS[f.verdict]:<7}  {reason}".rstrip())
             if f.verdict in ("error", "note"):
                 cause = f"[{f.cause}] " if f.cause else ""
                 lines += [f"      {line}" for line in (cause + f.diagnosis).splitlines()]
-        counts = {v: sum(f.verdict == v for f in self.findings) for v in ("ok", "error", "note", "skipped")}
-        names = {"ok": "passed", "error": "errors", "note": "notes", "skipped": "skipped"}
+        counts = {v: sum(f.verdict == v for f in self.findings) for v in SYMBOLS}
+        names = {"ok": "passed", "error": "errors", "note": "notes", "skipped": "skipped", "not checked": "not checked"}
         lines.append("  " + ", ".join(f"{counts[v]} {names[v]}" for v in names if counts[v] or v == "ok"))
         return "\n".join(lines)
 
