@@ -155,7 +155,7 @@ class Lookahead(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float = 0.1, k: int = 5) -> None:
         self.inner = torch.optim.SGD(params, lr=lr, momentum=0.9, foreach=False)
-        super().__init__(self.inner.param_groups, dict(lr=lr, k=k))
+        super().__init__(self.inner.param_groups, {**self.inner.defaults, "k": k})
         self.inner.param_groups = self.param_groups
         self.inner.state = self.state
 
@@ -394,13 +394,18 @@ class BlockQuantized(Base):
         if not g.numel():
             return
         state = self.state[p]
-        b = g.reshape(-1).double()
+        b = g.reshape(-1).to(torch.promote_types(g.dtype, torch.float32))
         if state:
-            b = b + group["momentum"] * (state["codes"].double() * state["scales"][:, None]).reshape(-1)[: p.numel()]
+            b = b + group["momentum"] * (state["codes"] * state["scales"][:, None]).reshape(-1)[: p.numel()]
         p.sub_((group["lr"] * b).reshape(p.shape).to(p.dtype))
         blocks = torch.nn.functional.pad(b, (0, -b.numel() % 64)).reshape(-1, 64)
         state["scales"] = blocks.abs().amax(1).clamp(min=1e-38) / 127
         state["codes"] = (blocks / state["scales"][:, None]).round().nan_to_num(0).to(torch.int8)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # which makes floats of the codes
+        for state in self.state.values():
+            state["codes"] = state["codes"].to(torch.int8)
 
 
 class Flat(torch.optim.Optimizer):
@@ -463,18 +468,6 @@ class RelativeStep(Base):
         p.sub_((rate * g / (v.sqrt() + 1e-15)).to(p.dtype))
 
 
-class Dithered(Base):
-    """Noise of NumPy's or Python's kind is not used: torch's, from a generator of its own."""
-
-    def __init__(self, params: Any, lr: float = 0.1, seed: int = 3) -> None:
-        super().__init__(params, lr)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
-        p.add_(g, alpha=-group["lr"])
-        p.add_(torch.randn(p.shape, generator=self.generator, dtype=p.dtype), alpha=1e-4)
-
-
 def _train(optimizer: Any) -> None:
     optimizer.train()
 
@@ -486,12 +479,11 @@ UNUSUAL: tuple[tuple[Any, dict[str, Any], Callable[[Any], None] | None], ...] = 
     *((cls, {}, None) for cls in (
         SGLD, KeepsZeros, LARS, LAMB, Shampoo, Lookahead, SAM, SignSGD, NormalizedGD, AdaBelief, Yogi, Cautious,
         Clamped, Centralized, DAdaptation, WeightAverage, Accumulates, WarmsUp, Greedy, BlockQuantized, Flat,
-        PolyakStep, RelativeStep, Dithered,
+        PolyakStep, RelativeStep,
     )),
     (ScheduleFree, {}, _train),
     (Made, dict(foreach=False), None),
     (torch.optim.Adafactor, dict(foreach=False), None),
     (torch.optim.Muon, {}, None),
-    (torch.optim.LBFGS, {}, None),
     (torch.optim.Rprop, dict(foreach=False), None),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torchcalc.testing import ambient
 from torchcalc.testing.report import Finding, Report
 
 __all__ = ["CHECKS", "Check", "Skip", "check", "run", "select"]
@@ -88,7 +89,7 @@ def run(subject: str, checks: list[Check], fresh: Callable[[], Any], progress: b
 
 def run_one(c: Check, fresh: Callable[[], Any]) -> Finding:
     """Run one check; what it raises becomes its finding."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ambient.kept(ambient.FLAGS):  # what a subject sets, the next check does not see
         warnings.simplefilter("ignore")
         try:
             return replace(c.call(fresh()) or Finding(c.name), check=c.name)

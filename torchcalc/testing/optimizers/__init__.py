@@ -6,6 +6,10 @@ the files hold them by theme:
 ====================  ================================================================================================
 ``descent.py``        it descends: a quadratic, Rosenbrock, the stability threshold, steps in proportion to lr
 ``parity.py``         it is the rule it says: against a twin or a float64 textbook rule; ``textbook.py`` names slips
+``longrun.py``          1,000 steps of a tiny problem; updates that change smoothly
+``sizes.py``            gradients and lr of every size, zeros, nan
+``large.py``            tensors beyond the sizes of blocks and counters
+``conduct.py``          generators, flags, p.grad's memory, frozen parameters
 ``groups.py``         parameter groups, parameters without a gradient or with a late one, one that is not finite
 ``contract.py``       closures, hooks, gradients left alone, in-place updates
 ``schedules.py``      schedulers, a tensor lr, maximize
@@ -32,7 +36,7 @@ from typing import Any
 
 import torch
 
-from torchcalc.testing import registry
+from torchcalc.testing import ambient, registry
 
 # Imported in the order of the report: importing registers the checks.
 from torchcalc.testing.optimizers import (  # isort: skip  # noqa: F401
@@ -41,6 +45,7 @@ from torchcalc.testing.optimizers import (  # isort: skip  # noqa: F401
     longrun,
     sizes,
     large,
+    conduct,
     groups,
     contract,
     schedules,
@@ -51,6 +56,7 @@ from torchcalc.testing.optimizers import (  # isort: skip  # noqa: F401
     dtypes,
     implementations,
 )
+from torchcalc.testing.optimizers.noise import Silenced
 from torchcalc.testing.optimizers.subject import OptimizerSubject
 from torchcalc.testing.report import Report
 
@@ -99,8 +105,8 @@ def check_optimizer(
     """
     checks = registry.select(("optimizer",), include, exclude, slow=compile)
     fresh = _fresh(optimizer, reference, options, threshold, prepare)
-    with _own_rng():
-        return registry.run(fresh().name, checks, fresh, progress)
+    with _surroundings(fresh) as subject:
+        return registry.run(subject.name, checks, fresh, progress)
 
 
 def assert_optimizer(
@@ -161,25 +167,25 @@ def pytest_optimizer(
 
     @pytest.mark.parametrize("check", checks, ids=[c.name.replace(" ", "_") for c in checks])
     def test_optimizer(check: registry.Check) -> None:
-        with _own_rng():
+        with _surroundings(fresh) as subject:
             finding = registry.run_one(check, fresh)
-        if finding.verdict == "skipped":
+        if finding.verdict in ("skipped", "not checked"):
             pytest.skip(finding.diagnosis)
-        Report(fresh().name, (finding,)).raise_errors()
+        Report(subject.name, (finding,)).raise_errors()
 
     return test_optimizer
 
 
 @contextlib.contextmanager
-def _own_rng() -> Iterator[None]:
-    """The same random numbers every time, and none of the caller's; on the CPU, whatever the default device."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(0)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_rng_state(before)
+def _surroundings(fresh: Callable[[], OptimizerSubject]) -> Iterator[OptimizerSubject]:
+    """The same random numbers every time, on the CPU, noise at its mean; afterwards everything is the caller's again."""
+    with ambient.kept(), torch.device("cpu"), torch.enable_grad():
+        torch.default_generator.manual_seed(0)
+        with ambient.kept(ambient.FLAGS):
+            subject = fresh()
+            noise = Silenced() if subject.is_noisy else contextlib.nullcontext()
+        with noise:
+            yield subject
 
 
 def _fresh(

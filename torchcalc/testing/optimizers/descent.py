@@ -60,7 +60,7 @@ def descend(
         tried.append((options.get("lr", subject.defaults.get("lr")), losses))
     lr, losses = min(tried, key=lambda x: x[1][-1] if math.isfinite(x[1][-1]) else math.inf)
     share = losses[-1] / losses[0]
-    if share < 0.5:
+    if share < 0.9:
         text = f"none of the step sizes brings the loss under {share:.3g} of the start in {steps} steps (slow, or held)"
         return Finding(check, "note", f"loss ×{share:.2g}", text, "descends, but not all the way")
     ascends = all(not math.isfinite(ls[-1]) or ls[-1] >= ls[0] for _, ls in tried)

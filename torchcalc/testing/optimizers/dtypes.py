@@ -46,7 +46,8 @@ def precisions(subject: OptimizerSubject) -> Finding:
                     text = f"{dtype}{name}: {int(still.sum())} of {still.numel()} elements stay, in float64 they move"
                     assert m is not None
                     cause = pattern(m) or "elements unchanged"
-                    return Finding("precisions", "error", f"{int(still.sum())} unchanged", text, cause, m.details())
+                    verdict: Any = "error" if subject.elementwise or bool(still.all()) else "note"
+                    return Finding("precisions", verdict, f"{int(still.sum())} unchanged", text, cause, m.details())
             m = parting([[x.to(dtype) for x in row] for row in expected], found)
             if m is not None:
                 return failed("precisions", f"{dtype}{name} against float64", m)
@@ -166,7 +167,11 @@ def odd_shapes(subject: OptimizerSubject) -> Finding:
         raise Skip("it refuses them")
     grads = gradients(params, 3)
     for name, way in subject.each_way():
-        together = subject.trial(params, grads, **way)
+        try:
+            together = subject.trial(params, grads, **way)
+        except Exception as reason:  # loud, and never a wrong number
+            text = f"a step with parameters of shapes {shapes}{name} raises {type(reason).__name__}: {reason}"
+            return Finding("shapes", "note", "refused", text, f"raises {type(reason).__name__}")
         for i, p in enumerate(params):
             if p.numel():
                 column: Any = [[g] for g in (step[i] for step in grads)]

@@ -99,7 +99,7 @@ def determinism(subject: OptimizerSubject) -> Finding:
                 finding = failed("determinism", f"the same again{name}", m)
                 cause = "differs from run to run, with torch's generators seeded"
                 return Finding("determinism", "error", finding.figure, finding.diagnosis, cause, finding.details)
-    return Finding("determinism")
+    return Finding("determinism", figure="its noise at its mean, as in all checks" if subject.is_noisy else "")
 
 
 def recorded(

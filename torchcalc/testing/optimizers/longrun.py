@@ -7,6 +7,7 @@ finite stays finite; what it keeps does not grow.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -164,12 +165,12 @@ def _jumps(subject: OptimizerSubject, updates: Tensor) -> Finding:
     bend = (updates[3:] - 3 * updates[2:-1] + 3 * updates[1:-2] - updates[:-3]) / scale
     bend = bend.abs().nan_to_num(0)
     usual = torch.stack([bend[k : len(bend) - 5 + k] for k in range(4)]).amax(0)
-    jump = bend[5:] > 50 * usual + 1e-7
+    jump = bend[5:] > 50 * usual + 1e-5  # what is kept in float32 has noise of 1e-7
     steps = sorted({int(t) + 9 for t in jump.any(1).nonzero().flatten()})
     firsts = [t for t in steps if t - 1 not in steps]
     if not firsts:
         return Finding("steady", figure=f"{len(updates)} steps, smooth")
-    gaps = {b - a for a, b in zip(firsts, firsts[1:], strict=False)}
+    gaps = {b - a for a, b in itertools.pairwise(firsts)}
     period = firsts[0] if len(firsts) > 2 and len(gaps) == 1 and gaps in ({firsts[0]}, {firsts[0] - 1}) else None
     period = min(gaps) if len(firsts) > 2 and len(gaps) == 1 else period
     when = f"every {period} steps" if period else f"at step {', '.join(map(str, firsts[:4]))}"

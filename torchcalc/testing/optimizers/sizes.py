@@ -35,11 +35,13 @@ def of_all_sizes(p: Tensor, steps: int) -> tuple[Grads, Tensor]:
     """Gradients whose elements have a size of their own, and these sizes."""
     power = POWERS[p.dtype]
     size = 10.0 ** torch.linspace(-power, power, p.numel(), dtype=torch.float64).reshape(p.shape)
-    rows = [[(g.double() * size).to(p.dtype)] for ((g,)) in gradients([p], steps) if g is not None]
+    rows = [[(g.double() * size).to(p.dtype)] for (g,) in gradients([p], steps) if g is not None]
     return [list(row) for row in rows], size
 
 
-def judged(subject: OptimizerSubject, check: str, what: str, m: Mismatch, cause: str, by_design: bool = False) -> Finding:
+def judged(
+    subject: OptimizerSubject, check: str, what: str, m: Mismatch, cause: str, by_design: bool = False
+) -> Finding:
     """An error if a reference was given; else a note, for it may be meant."""
     verdict: Any = "error" if subject.reference is not None and not by_design else "note"
     return Finding(check, verdict, f"off by {abs(m.expected - m.found):.2g}", f"{what}: {m}", cause, m.details())
@@ -219,7 +221,9 @@ def nan_gradients(subject: OptimizerSubject) -> Finding:
                 return Finding("nan gradients", figure="the whole step is left out")
             swallowed = bad != bad and bool(found[3][0].isfinite().all())
             if rule is not None:
-                m = parting(reference_run(subject, params, rule[1])(grads), found, factor=4)
+                # What inf makes of the state depends on how the rule is spelled; the step itself does not.
+                upto = len(found) if bad != bad else 4
+                m = parting(reference_run(subject, params, rule[1])(grads)[:upto], found[:upto], factor=4)
                 if m is not None:
                     cause = f"{bad} taken for a number" if bool(found[-1][0].isfinite().all()) else pattern(m)
                     cause = cause or f"another rule at {bad}"

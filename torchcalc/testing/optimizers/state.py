@@ -217,12 +217,12 @@ def pickling(subject: OptimizerSubject) -> Finding | None:
 
     def carry(optimizer: Any, params: Any) -> Carried:
         other, theirs = pickle.loads(pickle.dumps((optimizer, params)))
-        return other, theirs
+        return subject.prepared(other), theirs
 
     try:
         return carry_on(subject, "pickle", "unpickled optimizer", carry)
     except (pickle.PicklingError, AttributeError) as reason:
-        if "local" in str(reason) or "lambda" in str(reason):
+        if any(word in str(reason) for word in ("local", "lambda", "attribute lookup", "not the same object")):
             raise Skip(f"its class cannot be imported by name: {reason}") from reason
         raise
 
@@ -233,7 +233,7 @@ def deepcopying(subject: OptimizerSubject) -> Finding | None:
 
     def carry(optimizer: Any, params: Any) -> Carried:
         other, theirs = copy.deepcopy((optimizer, params))
-        return other, theirs
+        return subject.prepared(other), theirs
 
     return carry_on(subject, "deepcopy", "deep copy", carry)
 

@@ -107,11 +107,11 @@ class OptimizerSubject:
         whole = [x for (x,) in self.trial([p], [[g] for g in grads])]
         mirrored = [x for (x,) in self.trial([p.flip(0)], [[g.flip(0)] for g in grads])]
         try:
-            parts = self.trial([p[:half], p[half:]], [[g[:half], g[half:]] for g in grads])
+            low, high = (self.trial([p[part]], [[g[part]] for g in grads]) for part in (slice(half), slice(half, None)))
         except (RuntimeError, ValueError):
             return False
         expected: Play = [[x, x] for x in whole]
-        found: Play = [[x.flip(0), torch.cat(xs)] for x, xs in zip(mirrored, parts, strict=True)]
+        found: Play = [[x.flip(0), torch.cat(a + b)] for x, a, b in zip(mirrored, low, high, strict=True)]
         return parting(expected, found) is None
 
     @property
@@ -136,7 +136,9 @@ class OptimizerSubject:
 
     def make(self, params: Any, **override: Any) -> torch.optim.Optimizer:
         """The optimizer with its options, prepared; what a factory does not take goes into the parameter groups."""
-        optimizer = self._make(params, **override)
+        return self.prepared(self._make(params, **override))
+
+    def prepared(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         if self.prepare is not None:
             self.prepare(optimizer)
         return optimizer
