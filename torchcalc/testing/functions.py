@@ -25,9 +25,11 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
 )
 
 # isort: on
+from torchcalc.testing import ambient
+from torchcalc.testing.belongings import left_alone
 from torchcalc.testing.registry import Kind, run, select
 from torchcalc.testing.report import Report
-from torchcalc.testing.subject import Subject, make_subject
+from torchcalc.testing.subject import CALLERS_DEVICE, Subject, make_subject
 
 __all__ = ["assert_function", "assert_loss", "check_function", "check_loss"]
 
@@ -128,7 +130,7 @@ def _check(
     compile: bool, progress: bool | None, name: str | None,
 ) -> Report:  # fmt: skip
     checks = select(kinds, include, exclude, compile)
-    with surroundings(inputs):
+    with surroundings(inputs), left_alone(fn, reference, inputs):
         subject = prepare(fn, inputs, reference, wrt, name)
         return run(subject.name, checks, subject.fresh, progress)
 
@@ -137,13 +139,18 @@ def _check(
 def surroundings(inputs: Sequence[Any]) -> Iterator[None]:
     """Grad mode on, and one thread, for examples are small; afterwards generators and threads are as they were."""
     devices = {x.device.index or 0 for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine waiting for a second one takes 20 times as long as a small batch_norm
-    try:
-        with torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+    default = torch.get_default_device()
+    token = CALLERS_DEVICE.set(default if default.type != "cpu" else None)
+    with ambient.kept(), torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+        torch.set_num_threads(1)  # on a busy machine waiting for a second one takes 20 times as long as a batch_norm
+        if default.type != "cpu":  # a mode that slows every call: not set in vain
+            torch.set_default_device("cpu")
+        try:
             yield
-    finally:
-        torch.set_num_threads(threads)
+        finally:
+            CALLERS_DEVICE.reset(token)
+            if default.type != "cpu":
+                torch.set_default_device(default)
 
 
 def prepare(fn: Any, inputs: Sequence[Any], reference: Any, wrt: Any, name: str | None) -> Subject:

@@ -112,7 +112,8 @@ def incoming_layouts(subject: Subject, inputs: Sequence[Any]) -> Finding | None:
 def broadcast(subject: Subject) -> Finding | None:
     """An input of size 1 in a dimension that is broadcast gets the sum of the gradients of its copies."""
     inputs, seen = subject.floats(), 0
-    for i, dim in itertools.product(subject.wrt, (0, 1)):
+    # Not a module's own parameters: nobody gives it others, and a kernel that does not check ends the process.
+    for i, dim in itertools.product([i for i in subject.wrt if i < subject.handed], (0, 1)):
         x = inputs[i]
         peers = [y for k, y in enumerate(inputs) if k != i and isinstance(y, Tensor) and y.shape == x.shape]
         if not peers or x.dim() <= dim or x.shape[dim] < 2:
@@ -194,7 +195,7 @@ def elementwise(subject: Subject, inputs: Sequence[Any]) -> bool:
         return x.reshape(-1).flip(0) if isinstance(x, Tensor) else x
 
     tensors = [x for x in inputs if isinstance(x, Tensor)]
-    if subject.random or not tensors[0].numel():
+    if subject.random or not tensors[0].numel() or len(inputs) > subject.handed:
         return False
     try:
         whole = subject.call(*inputs)[0].reshape(-1)

@@ -8,7 +8,10 @@ only the outputs that carry a derivative are looked at. Everything drawn comes f
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,11 +24,18 @@ __all__ = ["Subject", "is_float", "make_subject", "name_of", "normal"]
 
 Call = Callable[..., Any]
 Tensors = tuple[Tensor, ...]
-CLEAR = (NotImplementedError, RuntimeError, ValueError)  # what an unsupported use may raise; others are slips
+#: What an unsupported use may raise; others are slips.
+CLEAR = (NotImplementedError, RuntimeError, ValueError, AssertionError, TypeError, IndexError)
+
+CALLERS_DEVICE: ContextVar[torch.device | None] = ContextVar("CALLERS_DEVICE", default=None)
 
 
 def is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def dense(x: Tensor) -> Tensor:
+    return x if x.layout == torch.strided else x.to_dense()
 
 
 def said(error: Exception) -> str:
@@ -73,6 +83,8 @@ class Subject:
         random: whether two calls differ, and the seed is therefore set at each call.
         exact: the dtype in which derivatives are checked: float64 where the function takes it.
         complex: indices of the inputs that are complex, given as pairs of real numbers.
+        handed: how many inputs were handed in; those after them are a module's parameters.
+        device: the caller's default device, where it is not the CPU: the function runs under it, the checks do not.
     """
 
     name: str
@@ -87,6 +99,8 @@ class Subject:
     exact: torch.dtype = torch.float64
     complex: tuple[int, ...] = ()
     given: Any = None  # what the user passed: a module, a partial, ...
+    handed: int = 0
+    device: torch.device | None = None
 
     def fresh(self) -> Subject:
         """The same subject with inputs of its own."""
@@ -108,7 +122,8 @@ class Subject:
             inputs = tuple(
                 torch.complex(x[..., 0], x[..., 1]) if i in self.complex else x for i, x in enumerate(inputs)
             )
-        found = [t for t in tree_leaves((fn or self.fn)(*inputs)) if is_float(t)]
+        with self.device or nullcontext():
+            found = [dense(t) for t in tree_leaves((fn or self.fn)(*inputs)) if is_float(t)]
         return tuple(
             torch.view_as_real(found[i].resolve_conj()) if found[i].is_complex() else found[i] for i in self.kept
         )
@@ -197,7 +212,8 @@ def pull(
     if not pairs or not leaves:
         return (None,) * len(leaves)
     ys, vs = zip(*pairs, strict=True)
-    return torch.autograd.grad(ys, leaves, vs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(ys, leaves, vs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    return tuple(None if g is None else dense(g) for g in grads)
 
 
 def dot(xs: Sequence[Tensor | None], ys: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -211,11 +227,14 @@ def make_subject(
     """Look at a callable and its inputs: what is differentiable, random, complex, and whether it takes float64.
 
     Raises:
-        ValueError: no input is a float tensor, or ``wrt`` names one that is not.
+        ValueError: no input is a float tensor, one is sparse or has no values, or ``wrt`` names one that is not.
     """
     given, count = fn, len(inputs)
     names = [n for n, p in parameters_of(fn).items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names = [*names, *[""] * count][:count]
+    for i, x in enumerate(inputs):
+        if isinstance(x, Tensor):
+            refuse(i, x)
     inputs = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
     if isinstance(fn, nn.Module):
         parameters = dict(fn.named_parameters())
@@ -232,9 +251,26 @@ def make_subject(
     inputs = [torch.view_as_real(x.resolve_conj()) if i in complex_ else x for i, x in enumerate(inputs)]
     subject = Subject(
         name or name_of(given), fn, tuple(inputs), tuple(names), tuple(floats if wrt is None else wrt), reference,
-        complex=complex_, given=given,
+        complex=complex_, given=given, handed=count, device=CALLERS_DEVICE.get(),
     )  # fmt: skip
     return probe(subject)
+
+
+def refuse(i: int, x: Tensor) -> None:
+    """Raise ValueError for an input on which no derivative can be checked."""
+    if x.is_meta:
+        raise ValueError(f"input {i} is on the device meta and has no values; make it with device='cpu'")
+    if x.layout != torch.strided:
+        raise ValueError(
+            f"input {i} is sparse ({str(x.layout).removeprefix('torch.')}), and derivatives are checked element by "
+            "element of dense inputs; give a function of its values, such as "
+            "lambda values: fn(torch.sparse_coo_tensor(indices, values, size))"
+        )
+    if isinstance(x, torch.distributed.tensor.DTensor) if "torch.distributed.tensor" in sys.modules else False:
+        raise ValueError(
+            f"input {i} is a DTensor, of which each process holds a part; check a function of the local tensors, such "
+            "as lambda local: fn(DTensor.from_local(local, mesh, placements)).to_local()"
+        )
 
 
 def module_call(module: nn.Module, count: int) -> Call:
@@ -244,7 +280,8 @@ def module_call(module: nn.Module, count: int) -> Call:
     def call(*inputs: Any) -> Any:
         dtype = next((x.dtype for x in inputs if is_float(x)), torch.float32)
         buffers = {
-            n: b.to(dtype) if is_float(b) and is_float(inputs[0]) else b.clone() for n, b in module.named_buffers()
+            n: b.to(dtype, copy=True) if is_float(b) and is_float(inputs[0]) else b.clone()
+            for n, b in module.named_buffers()
         }
         state = {**buffers, **dict(zip(names, inputs[count:], strict=True))}
         return torch.func.functional_call(module, state, inputs[:count])

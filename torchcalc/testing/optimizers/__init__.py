@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from torchcalc.testing import ambient, registry
+from torchcalc.testing.belongings import left_alone
 
 # Imported in the order of the report: importing registers the checks.
 from torchcalc.testing.optimizers import (  # isort: skip  # noqa: F401
@@ -105,7 +106,7 @@ def check_optimizer(
     """
     checks = registry.select(("optimizer",), include, exclude, slow=compile)
     fresh = _fresh(optimizer, reference, options, threshold, prepare)
-    with _surroundings(fresh) as subject:
+    with left_alone(optimizer, reference, prepare, options), _surroundings(fresh) as subject:
         return registry.run(subject.name, checks, fresh, progress)
 
 
