@@ -27,8 +27,9 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
 # isort: on
 from torchcalc.testing import ambient
 from torchcalc.testing.belongings import left_alone
-from torchcalc.testing.registry import Kind, run, select
+from torchcalc.testing.registry import Check, Kind, select
 from torchcalc.testing.report import Report
+from torchcalc.testing.runs import Tell, play, run
 from torchcalc.testing.subject import CALLERS_DEVICE, Subject, make_subject
 
 __all__ = ["assert_function", "assert_loss", "check_function", "check_loss"]
@@ -44,6 +45,8 @@ def check_function(
     compile: bool = False,
     progress: bool | None = None,
     name: str | None = None,
+    seconds: float | None = None,
+    isolate: bool = False,
 ) -> Report:
     """Check the derivatives and the contract of a differentiable function; the global RNG is left as it was.
 
@@ -60,18 +63,22 @@ def check_function(
         compile: run the checks that compile as well; they take seconds.
         progress: show progress on stderr; by default on a terminal.
         name: what the report is headed with.
+        seconds: the time budget; checks that would start later are "not checked".
+        isolate: run in a process of its own, so that a kernel that aborts is a finding and not the end.
 
     Returns:
-        A report that is true when there are no errors, and prints as a table.
+        A report that is true when there are no errors, and prints on one screen.
 
     Raises:
-        ValueError: no input is a float tensor; ``wrt`` or a name of a check is wrong.
+        ValueError: no input is a float tensor, or one is sparse or on meta; ``wrt`` or a name of a check is wrong.
+        RuntimeError: ``isolate`` where no process can be forked: on Windows, or after CUDA was used.
 
     >>> report = check_function(torch.tanh, torch.linspace(-1, 1, 6), include=["gradient", "adjoint"])
     >>> bool(report), [f.verdict for f in report]
     (True, ['ok', 'ok'])
     """
-    return _check(("function",), fn, inputs, reference, wrt, include, exclude, compile, progress, name)
+    how: dict[str, Any] = dict(progress=progress, seconds=seconds, isolate=isolate)
+    return _check(("function",), fn, inputs, reference, wrt, include, exclude, compile, name, how)
 
 
 def check_loss(
@@ -84,6 +91,8 @@ def check_loss(
     compile: bool = False,
     progress: bool | None = None,
     name: str | None = None,
+    seconds: float | None = None,
+    isolate: bool = False,
 ) -> Report:
     """:func:`check_function`, and what only losses have: reductions, ignore_index, weights, micro-batches, and so on.
 
@@ -91,13 +100,14 @@ def check_loss(
         loss: a module or a function of (input, target, ...). Its options ``reduction``, ``ignore_index``, ``weight``,
             ``pos_weight`` and ``label_smoothing`` are found by name, and checked if they are there.
         *inputs: example arguments; the first dimension is that of the samples.
-        reference, wrt, include, exclude, compile, progress, name: as for :func:`check_function`.
+        reference, wrt, include, exclude, compile, progress, name, seconds, isolate: as for :func:`check_function`.
 
     >>> report = check_loss(torch.nn.MSELoss(), torch.rand(4, 3), torch.rand(4, 3), include=["gradient", "reductions"])
     >>> bool(report)
     True
     """
-    return _check(("function", "loss"), loss, inputs, reference, wrt, include, exclude, compile, progress, name)
+    how: dict[str, Any] = dict(progress=progress, seconds=seconds, isolate=isolate)
+    return _check(("function", "loss"), loss, inputs, reference, wrt, include, exclude, compile, name, how)
 
 
 def assert_function(fn: Callable[..., Any], *inputs: Any, **options: Any) -> Report:
@@ -127,12 +137,14 @@ def assert_loss(loss: Callable[..., Any], *inputs: Any, **options: Any) -> Repor
 
 def _check(
     kinds: tuple[Kind, ...], fn: Any, inputs: Sequence[Any], reference: Any, wrt: Any, include: Any, exclude: Any,
-    compile: bool, progress: bool | None, name: str | None,
+    compile: bool, name: str | None, how: dict[str, Any],
 ) -> Report:  # fmt: skip
-    checks = select(kinds, include, exclude, compile)
-    with surroundings(inputs), left_alone(fn, reference, inputs):
-        subject = prepare(fn, inputs, reference, wrt, name)
-        return run(subject.name, checks, subject.fresh, progress)
+    def job(checks: Sequence[Check], tell: Tell, until: float) -> None:
+        with surroundings(inputs), left_alone(fn, reference, inputs):
+            subject = prepare(fn, inputs, reference, wrt, name)
+            play(subject.name, checks, subject.fresh, tell, until)
+
+    return run(job, select(kinds, include, exclude, compile), **how)
 
 
 @contextmanager

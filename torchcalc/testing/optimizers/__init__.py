@@ -31,7 +31,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ from torchcalc.testing.optimizers import (  # isort: skip  # noqa: F401
 from torchcalc.testing.optimizers.noise import Silenced
 from torchcalc.testing.optimizers.subject import OptimizerSubject
 from torchcalc.testing.report import Report
+from torchcalc.testing.runs import Tell, play, run
 
 __all__ = ["OptimizerSubject", "assert_optimizer", "check_optimizer", "pytest_optimizer"]
 
@@ -75,6 +76,8 @@ def check_optimizer(
     exclude: Iterable[str] = (),
     compile: bool = False,
     progress: bool | None = None,
+    seconds: float | None = None,
+    isolate: bool = False,
 ) -> Report:
     """Check an optimizer; takes a few seconds.
 
@@ -92,12 +95,15 @@ def check_optimizer(
         exclude: leave out checks of these names.
         compile: also run the checks that compile.
         progress: show progress on stderr; None: if it is a terminal.
+        seconds: the time budget; checks that would start later are "not checked".
+        isolate: run in a process of its own, so that a kernel that aborts is a finding and not the end.
 
     Returns:
         A report, true when no check found an error.
 
     Raises:
         ValueError: the optimizer cannot be built, or there is no check of that name.
+        RuntimeError: ``isolate`` where no process can be forked: on Windows, or after CUDA was used.
 
     >>> import torch
     >>> report = check_optimizer(torch.optim.SGD, options=dict(lr=0.1), include=["quadratic", "groups"])
@@ -106,8 +112,12 @@ def check_optimizer(
     """
     checks = registry.select(("optimizer",), include, exclude, slow=compile)
     fresh = _fresh(optimizer, reference, options, threshold, prepare)
-    with left_alone(optimizer, reference, prepare, options), _surroundings(fresh) as subject:
-        return registry.run(subject.name, checks, fresh, progress)
+
+    def job(checks: Sequence[registry.Check], tell: Tell, until: float) -> None:
+        with left_alone(optimizer, reference, prepare, options), _surroundings(fresh) as subject:
+            play(subject.name, checks, fresh, tell, until)
+
+    return run(job, checks, progress, seconds, isolate)
 
 
 def assert_optimizer(
@@ -121,6 +131,8 @@ def assert_optimizer(
     exclude: Iterable[str] = (),
     compile: bool = False,
     progress: bool | None = None,
+    seconds: float | None = None,
+    isolate: bool = False,
 ) -> Report:
     """:func:`check_optimizer` that raises AssertionError, with the report as its message, if there are errors.
 
@@ -138,6 +150,8 @@ def assert_optimizer(
         exclude=exclude,
         compile=compile,
         progress=progress,
+        seconds=seconds,
+        isolate=isolate,
     )
     report.raise_errors()
     return report
