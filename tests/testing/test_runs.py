@@ -63,6 +63,7 @@ def test_what_ends_the_process_is_a_finding_and_the_rest_is_checked(
     report = run(include=include, isolate=True, progress=False)
     assert report[check].verdict == "error"
     assert cause in report[check].cause
+    assert "exits" in cause or f"{__file__}:" in report[check].diagnosis  # the line that aborts
     assert sorted(f.check for f in report) == sorted(include)
     assert {f.check for f in report.errors} == {check}
 

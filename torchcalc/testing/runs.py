@@ -7,9 +7,13 @@ running gets the blame, and a new process goes on with the next one.
 
 from __future__ import annotations
 
+import faulthandler
+import importlib
 import multiprocessing
+import re
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -115,32 +119,37 @@ def _apart(job: Job, checks: Sequence[Check], bar: Bar, until: float) -> None:
             "isolate=True forks a process, and CUDA, which this one has used already, does not survive that; pass "
             "isolate=False, or run python -m torchcalc.testing"
         )
+
+    importlib.import_module("torch._dynamo")  # torch does it late, and each process would spend the seconds again
     left = list(checks)
     while left:
-        end = ""
+        end = place = ""
         for kind, value in _talk(job, left, until):
             if kind == "raised":
                 raise value
             if kind == "over":
                 end = value
+            elif kind == "at":
+                place = value
             else:
                 bar.tell(kind, value)
         done = {f.check for f in bar.findings}
         left = [c for c in left if c.name not in done]
         if end and not bar.running:
-            raise RuntimeError(f"the process {end} while the subject is made: what makes it does that, no check")
+            raise RuntimeError(f"the process {end} while the subject is made: what makes it does that, no check{place}")
         if end:
-            text = f"the process {end} in this check; the subject, or a kernel that it calls, does that"
+            text = f"the process {end} in this check; the subject, or a kernel that it calls, does that{place}"
             bar.tell("end", Finding(bar.running, "error", end, text, f"the process {end}"))
             left = left[1:]
 
 
 def _talk(job: Job, checks: Sequence[Check], until: float) -> Iterator[tuple[str, Any]]:
     """What a child process tells; ("over", how) if it ends before its time."""
+    trace = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the pipe
     here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
     sys.stdout.flush()
     sys.stderr.flush()
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(job, checks, until, there))
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(job, checks, until, there, trace))
     with warnings.catch_warnings():
         # Python 3.12 warns of a fork beside threads: the child uses one thread, and takes no lock of another.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -156,13 +165,16 @@ def _talk(job: Job, checks: Sequence[Check], until: float) -> Iterator[tuple[str
             except EOFError:
                 child.join()
                 code = child.exitcode or 0
-                yield "over", f"is ended by {signal.Signals(-code).name}" if code < 0 else f"exits with status {code}"
+                how = f"is ended by {signal.Signals(-code).name}" if code < 0 else f"exits with status {code}"
+                yield "over", how
+                yield "at", _place(trace)
                 return
             if kind == "done":
                 return
             yield kind, value
     finally:
         here.close()
+        trace.close()
         child.kill()
         child.join()
 
@@ -179,7 +191,21 @@ def apart(call: Callable[..., None], *arguments: Any) -> None:
         raise ValueError(f"{arguments[0]}: the process {value} when it is called")
 
 
-def _child(job: Job, checks: Sequence[Check], until: float, pipe: Connection) -> None:
+def _place(trace: Any) -> str:
+    """Where the subject was when its process ended: the innermost line of Python that is neither torch's nor ours."""
+    trace.seek(0)
+    for line in trace.read().splitlines():
+        found = re.match(r'  File "(.+)", line (\d+) in (\w+)', line)
+        if found and not any(part in found[1] for part in ("/torch/", "/torchcalc/testing/", "<")):
+            return f"\nin {found[3]}, {found[1]}:{found[2]}"
+    return ""
+
+
+def _child(job: Job, checks: Sequence[Check], until: float, pipe: Connection, trace: Any) -> None:
+    import resource  # of Unix, as fork is
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no file of gigabytes for what is found here
+    faulthandler.enable(trace, all_threads=False)
     torch.set_num_threads(1)  # OpenMP's threads do not come through a fork
 
     def tell(kind: str, value: Any) -> None:
