@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
     contract,
     layouts,
     storage,
+    kernels,
     extremes,
     precision,
     transforms,
@@ -28,9 +30,9 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
 from torchcalc.testing import ambient
 from torchcalc.testing.belongings import left_alone
 from torchcalc.testing.registry import Check, Kind, select
-from torchcalc.testing.report import Report
+from torchcalc.testing.report import Finding, Report
 from torchcalc.testing.runs import Tell, play, run
-from torchcalc.testing.subject import CALLERS_DEVICE, Subject, make_subject
+from torchcalc.testing.subject import CALLERS_DEVICE, Subject, make_subject, opaque
 
 __all__ = ["assert_function", "assert_loss", "check_function", "check_loss"]
 
@@ -142,9 +144,27 @@ def _check(
     def job(checks: Sequence[Check], tell: Tell, until: float) -> None:
         with surroundings(inputs), left_alone(fn, reference, inputs):
             subject = prepare(fn, inputs, reference, wrt, name)
-            play(subject.name, checks, subject.fresh, tell, until)
+
+            def located(kind: str, value: Any) -> None:
+                tell(kind, explained(subject, value) if kind == "end" else value)
+
+            play(subject.name, checks, subject.fresh, located, until)
 
     return run(job, select(kinds, include, exclude, compile), **how)
+
+
+def explained(subject: Subject, finding: Finding) -> Finding:
+    """The finding with the place of the backward; a note, where it is torch that drops a derivative."""
+    if finding.verdict != "error":
+        return finding
+    kind = opaque(subject.given)
+    if kind and "silently zero" in finding.cause and finding.check in ("adjoint", "forward mode", "func.jvp"):
+        text = f"through {kind} torch gives no tangent, and says nothing: forward mode is zero\n{finding.diagnosis}"
+        return replace(finding, verdict="note", diagnosis=text)
+    if not subject.backward_at:
+        return finding
+    text = f"{finding.diagnosis}\n{subject.backward_at}"
+    return replace(finding, diagnosis=text, details={**finding.details, "backward": subject.backward_at})
 
 
 @contextmanager

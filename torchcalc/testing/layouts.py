@@ -25,6 +25,11 @@ def offset(x: Tensor) -> Tensor:
     return torch.cat([x.new_ones(4), x.reshape(-1)])[4:].view(x.shape)
 
 
+def one_off(x: Tensor) -> Tensor:
+    """One element after the start of its memory: not aligned as kernels that load several at once want it."""
+    return torch.cat([x.new_ones(1), x.reshape(-1)])[1:].view(x.shape)
+
+
 def transposed(x: Tensor) -> Tensor:
     return x.mT.contiguous().mT if x.dim() > 1 else x
 
@@ -41,6 +46,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "non-contiguous": strided,
     "transposed": transposed,
     "a view with an offset": offset,
+    "one element off alignment": one_off,
     "expanded": expanded,
     "channels_last": channels_last,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -100,6 +100,7 @@ class Subject:
     complex: tuple[int, ...] = ()
     given: Any = None  # what the user passed: a module, a partial, ...
     handed: int = 0
+    backward_at: str = ""  # file and line of the backward, as far as there is one
     device: torch.device | None = None
 
     def fresh(self) -> Subject:
@@ -310,7 +311,31 @@ def probe(subject: Subject) -> Subject:
     wrt = tuple(i for i in subject.wrt if i not in refused)
     outputs = subject.call(*subject.leaves(subject.floats(), wrt))
     carrying = tuple(i for i in kept if outputs[i].requires_grad)
-    return replace(subject, wrt=wrt, refused=refused, kept=carrying or kept)
+    return replace(subject, wrt=wrt, refused=refused, kept=carrying or kept, backward_at=backward_of(outputs))
+
+
+def backward_of(outputs: Sequence[Tensor]) -> str:
+    """Where the first backward in Python stands that the graph of the outputs comes to: "X.backward, file.py:12"."""
+    nodes, seen = [y.grad_fn for y in outputs if y.grad_fn is not None], 0
+    while nodes and seen < 1000:
+        node, seen = nodes.pop(0), seen + 1
+        function = getattr(type(node), "_forward_cls", None)
+        if function is not None:
+            method = vars(function).get("backward") or vars(function).get("vjp") or function.backward
+            with suppress(TypeError, OSError, AttributeError):
+                code = inspect.unwrap(getattr(method, "__func__", method)).__code__
+                if f"{torch.__path__[0]}/" not in code.co_filename:
+                    return f"{function.__name__}.backward, {code.co_filename}:{code.co_firstlineno}"
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    return ""
+
+
+def opaque(fn: Any) -> str:
+    """What the function is, if torch drops forward mode in it without a word; empty if not."""
+    if hasattr(fn, "_torchdynamo_orig_callable"):
+        return "a compiled function"
+    kinds = (torch._library.custom_ops.CustomOpDef, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+    return "an operator of torch.library" if isinstance(fn, kinds) else ""
 
 
 def raw(subject: Subject) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,57 @@ def large_tensors(subject: OptimizerSubject) -> Finding:
     return Finding("large tensors", figure=how)
 
 
+#: Shapes of twelve elements, and of one.
+SHAPES: tuple[tuple[tuple[int, ...], ...], ...] = (
+    ((12,), (3, 4), (3, 2, 2), (1, 3, 2, 2), (1, 2, 3, 1, 2), (2, 1, 3, 1, 2, 1)),
+    ((1,), (), (1, 1), (1, 1, 1, 1)),
+)
+
+
+@check("optimizer", "dimensions")
+def dimensions(subject: OptimizerSubject) -> Finding:
+    """An elementwise rule is the same for vectors, matrices, filters and single numbers."""
+    if not subject.elementwise or (12,) not in subject.shapes(SHAPES[0]):
+        raise Skip("its steps are not elementwise")
+    seen = 0
+    for variant in ({}, {"weight_decay": 0.3}):
+        if not all(subject.has(k) for k in variant):
+            continue
+        for name, way in subject.each_way():
+            (p,) = parameters((SHAPES[0][0],))
+            grads = gradients([p], 3)
+            for shapes, count in zip(SHAPES, (12, 1), strict=True):
+                # The first run is that of the vector, or of its first element in it.
+                whole = subject.trial([p], grads, **way, **variant)
+                runs: dict[tuple[int, ...], Play] = {(12,): [[x[:count] for x in row] for row in whole]}
+                for shape in (s for s in subject.shapes(shapes) if s in shapes):
+                    rows: Grads = [[g[:count].reshape(shape) for g in row if g is not None] for row in grads]
+                    play = subject.trial([nn.Parameter(p.detach()[:count].reshape(shape))], rows, **way, **variant)
+                    runs[shape] = [[x.reshape(-1) for x in row] for row in play]
+                m = _odd_one(runs)
+                if m is not None:
+                    shape, mismatch = m
+                    still = bool((mismatch.found_update == 0).all())
+                    cause = f"a parameter of shape {shape} {'stands still' if still else 'steps otherwise'}"
+                    how = f"{name}{f' with {variant}' if variant else ''}"
+                    text = f"the same numbers in shape {shape}{how}, against other shapes: {mismatch}"
+                    verdict: Any = "error" if still or subject.reference is not None else "note"
+                    return Finding("dimensions", verdict, str(shape), text, cause, mismatch.details())
+                seen += len(runs)
+    return Finding("dimensions", figure=f"{seen} runs, of 0 to 6 dimensions")
+
+
+def _odd_one(runs: dict[tuple[int, ...], Play]) -> tuple[tuple[int, ...], Mismatch] | None:
+    """The shape whose run is not that of the first one; the first one's own, if it is alone."""
+    shapes = list(runs)
+    wrong = [(s, parting(runs[shapes[0]], runs[s])) for s in shapes[1:]]
+    wrong = [(s, m) for s, m in wrong if m is not None]
+    if len(wrong) > 2 and len(wrong) == len(shapes) - 1 and shapes[1] != (1,):
+        m = parting(runs[shapes[1]], runs[shapes[0]])
+        return (shapes[0], m) if m is not None else None
+    return wrong[0] if wrong and wrong[0][1] is not None else None  # type: ignore[return-value]
+
+
 def tiled(subject: OptimizerSubject, dtype: torch.dtype, name: str, way: dict[str, Any]) -> Finding | None:
     """An elementwise rule gives a tensor made of copies of a small one copies of its steps."""
     shape = subject.shapes(((PERIOD,),))[0]
@@ -39,13 +91,20 @@ def tiled(subject: OptimizerSubject, dtype: torch.dtype, name: str, way: dict[st
     grads = gradients([p], 3)
     small = subject.trial([p], grads, **way)
     for repeats in REPEATS:
-        big = nn.Parameter(_copies(p, repeats))
-        rows: Grads = [[_copies(g, repeats) for g in row if g is not None] for row in grads]
-        found = subject.trial([big], rows, **way)
-        expected: Play = [[_copies(x, repeats) for x in row] for row in small]
-        m = parting(expected, found)
-        if m is not None:
-            return _finding(m, f"{repeats} copies of a tensor of {p.numel()} elements{name} in {dtype}, against one")
+        for matrix in (False, True) if repeats == REPEATS[0] else (False,):
+
+            def large(x: Tensor, repeats: int = repeats, matrix: bool = matrix) -> Tensor:
+                copies = _copies(x, repeats)
+                return copies.reshape(repeats, -1) if matrix else copies
+
+            rows: Grads = [[large(g) for g in row if g is not None] for row in grads]
+            found = subject.trial([nn.Parameter(large(p))], rows, **way)
+            m = parting([[large(x) for x in row] for row in small], found)
+            if m is not None:
+                what = f"{repeats} copies of a tensor of {p.numel()} elements{', as rows' if matrix else ''}"
+                finding = _finding(m, f"{what}{name} in {dtype}, against one")
+                # A rule that is elementwise for vectors may take a mean over a matrix.
+                return finding if not matrix or _still(m) else replace(finding, verdict="note")
     return None
 
 
@@ -67,11 +126,16 @@ def permuted(subject: OptimizerSubject, dtype: torch.dtype, name: str, way: dict
         if shape[0] <= 5:
             raise Skip("its steps depend on the order of the rows")
         finding = _finding(m, f"a tensor of shape {shape} with its rows in another order{name}, in {dtype}")
-        still = bool((m.found_update[m.wrong] == 0).any() or (m.expected_update[m.wrong] == 0).any())
+        still = _still(m) or bool((m.expected_update[m.wrong] == 0).any())
         # Blocks of its own may be meant; rows that stand still in one order and move in the other are not.
         verdict: Any = "error" if still and "elements from" in finding.cause else "note"
         return Finding("large tensors", verdict, finding.figure, finding.diagnosis, finding.cause, finding.details)
     return None
+
+
+def _still(m: Mismatch) -> bool:
+    """Whether elements stand still that should move."""
+    return bool((m.found_update[m.wrong] == 0).any())
 
 
 def _finding(m: Mismatch, what: str) -> Finding:

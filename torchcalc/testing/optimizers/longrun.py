@@ -96,7 +96,7 @@ def departed(
         cause = f"not finite from step {step} on"
     elif event:
         cause = f"wrong where the gradient is zero, from step {step} on"
-    elif restarted(subject, grads, play, step, m):
+    elif step > 1 and restarted(subject, grads, play, step, m):
         cause = f"state starts anew at step {step}"
     elif pattern(m):
         cause = f"{cause}: {pattern(m)}"

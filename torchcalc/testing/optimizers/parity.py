@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchcalc.testing.optimizers.compare import failed, parting, same_run
-from torchcalc.testing.optimizers.reference import Runner, reference_run
+from torchcalc.testing.optimizers.reference import Runner, hyperparameters, reference_run
 from torchcalc.testing.optimizers.subject import OptimizerSubject, spelled
 from torchcalc.testing.optimizers.tensors import Grads, Play, gradients
 from torchcalc.testing.optimizers.textbook import explanations
@@ -22,7 +22,7 @@ from torchcalc.testing.report import Finding
 def parity(subject: OptimizerSubject) -> Finding:
     """The same run as the reference, over its options; the slip that explains a difference is named."""
     if subject.reference is None:
-        raise Skip("no reference given")
+        return resemblance(subject)
     params = subject.parameters()
     grads = gradients(params, 6)
     for row in grads[1:]:  # of all sizes, so that ε has a place
@@ -47,6 +47,37 @@ def parity(subject: OptimizerSubject) -> Finding:
     if not runs:
         raise Skip(f"the reference refuses {refused}")
     return Finding("parity", figure=f"{runs} runs equal {spelled(subject.reference)}")
+
+
+def resemblance(subject: OptimizerSubject) -> Finding:
+    """A note, if it is a known rule but for a classic slip: that may be meant, and is worth a look.
+
+    Raises:
+        Skip: it is not.
+    """
+    if subject.needs_closure or subject.is_noisy:
+        raise Skip("no reference given")
+    params = subject.parameters()
+    grads = gradients(params, 6)
+    steps = [[g for g in row if g is not None] for row in grads]
+    for variant in ({}, {"weight_decay": 0.1}, {"momentum": 0.9}):
+        if not all(k in subject.defaults for k in variant):
+            continue
+        try:
+            found = subject.trial(params, grads, **variant)
+        except (TypeError, ValueError, RuntimeError):
+            continue
+        hyper = {**hyperparameters(subject.defaults), **variant}
+        rules = [*explanations([p.detach() for p in params], steps, hyper)]
+        right = [family for family, slip, run in rules if not slip and same_run(run, found)]
+        if right:
+            continue
+        for family, slip, run in rules:
+            if slip and same_run(run, found):
+                how = f" with {variant}" if variant else ""
+                text = f"no reference given; its first six steps{how} are those of {family}, but for this: {slip}"
+                return Finding("parity", "note", family, text, slip)
+    raise Skip("no reference given")
 
 
 def causes(

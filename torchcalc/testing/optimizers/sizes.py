@@ -23,7 +23,7 @@ from torchcalc.testing.report import Finding
 
 #: Of which powers of ten the gradients of the elements are. Squares stay within the dtype.
 POWERS = {torch.float64: 30, torch.float32: 15}
-LRS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 3.0, 10.0, 1e3)
+LRS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 3.0, 10.0, 1e3)
 
 
 def zeros(subject: OptimizerSubject, count: int, dtype: torch.dtype = torch.float64) -> nn.Parameter:
@@ -152,6 +152,9 @@ def lr_sizes(subject: OptimizerSubject) -> Finding:
         expect = in_proportion
     else:
         raise Skip("no reference given, and its steps are not in proportion to lr")
+    finding = standing_still(subject, rule)
+    if finding is not None:
+        return finding
     tried = 0
     for value in LRS:
         for name, way in subject.each_way():
@@ -173,6 +176,24 @@ def lr_sizes(subject: OptimizerSubject) -> Finding:
     if not tried:
         raise Skip("it takes no other lr")
     return Finding("lr sizes", figure=f"{tried} runs from 1e-12 to 1e3")
+
+
+def standing_still(subject: OptimizerSubject, rule: tuple[str, Callable[..., Any]] | None) -> Finding | None:
+    """With lr=0 weight decay does what the reference's does: nothing, unless it does not go by lr."""
+    if not subject.has("weight_decay"):
+        return None
+    params = subject.parameters()
+    grads = gradients(params, 2)
+    options = {"lr": 0.0, "weight_decay": 0.1}
+    try:
+        found = subject.trial(params, grads, **options)
+        expected = reference_run(subject, params, rule[1])(grads, **options) if rule else found[:1] * 3
+    except (TypeError, ValueError):
+        return None
+    m = parting(expected, found)
+    if m is None:
+        return None
+    return judged(subject, "lr sizes", "lr=0 with weight_decay=0.1", m, "weight decay does not go by lr: lr=0 moves")
 
 
 @check("optimizer", "zero gradients")
