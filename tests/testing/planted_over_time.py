@@ -196,7 +196,7 @@ OVER_TIME: tuple[tuple[str, Any, Any, dict[str, Any], str, str, str], ...] = tup
         ("deterministic algorithms", before_each(lambda: torch.use_deterministic_algorithms(True)), {}, "side effects",
          "error", "changes deterministic algorithms"),
         ("matmul precision", before_each(lambda: torch.set_float32_matmul_precision("medium")), {}, "side effects",
-         "error", "changes float32 matmul precision"),
+         "error", "changes the precision of float32 matmul"),
         ("a log that grows", Logs, {}, "steady", "note", "grows with every step"),
     )
 )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcalc.testing import check_function, check_loss, check_optimizer
-from torchcalc.testing.ambient import FLAGS, GENERATORS, changes, taken
+from torchcalc.testing.settings import generators, settings
 
 FEW = ["gradient", "layouts", "determinism", "kinks"]
 SCALE, SEEN = torch.ones(3), [0]
@@ -107,6 +107,11 @@ def test_inputs_and_their_gradients_are_as_they_were() -> None:
     assert x.grad.tolist() == torch.ones(2, 3).tolist()
 
 
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert torch.equal(before.pop("torch's"), after.pop("torch's"))
+    assert before == after
+
+
 def test_generators_and_flags_are_as_they_were() -> None:
     def rude(x: Tensor) -> Tensor:
         torch.manual_seed(0)
@@ -119,11 +124,11 @@ def test_generators_and_flags_are_as_they_were() -> None:
         return rude(x - y).abs().mean()
 
     x, y = torch.rand(2, 3)
-    flags, generators = taken(FLAGS), taken(GENERATORS)
+    flags, states = settings(), generators()
     check_function(rude, x, include=FEW, progress=False)
     check_loss(loss, x, y, include=["gradient"], progress=False)
-    assert not changes(flags, FLAGS)
-    assert not changes(generators, GENERATORS)
+    assert settings() == flags
+    assert_same(states, generators())
 
 
 def test_what_an_optimizers_factory_holds_is_as_it_was() -> None:

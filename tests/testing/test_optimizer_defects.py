@@ -288,7 +288,7 @@ def test_a_factory_of_parameters_alone_is_a_subject() -> None:
 
 def test_assert_raises_with_the_report() -> None:
     with pytest.raises(
-        AssertionError, match=r"\[lr applied twice\] with 2·lr the first update is 4 times as long, not twice"
+        AssertionError, match=r"\[lr applied twice\]\n +with 2·lr the first update is 4 times as long, not twice"
     ):
         assert_optimizer(planted(PlainAdam, "lr applied twice"), include=["step size"], progress=False)
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["left_alone"]
+__all__ = ["untouched"]
 
 Undo = Callable[[], None]
 MOST = 10_000  # objects that are looked at: a subject may hold a data set
 
 
 @contextlib.contextmanager
-def left_alone(*things: Any) -> Iterator[None]:
+def untouched(*things: Any) -> Iterator[None]:
     """Whatever of these, and of what they reach, is changed inside, is put back at the end."""
     found = _Walk()
     for thing in things:

@@ -27,11 +27,11 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
 )
 
 # isort: on
-from torchcalc.testing import ambient
-from torchcalc.testing.belongings import left_alone
+from torchcalc.testing.belongings import untouched
 from torchcalc.testing.registry import Check, Kind, select
 from torchcalc.testing.report import Finding, Report
 from torchcalc.testing.runs import Tell, play, run
+from torchcalc.testing.settings import left_alone
 from torchcalc.testing.subject import CALLERS_DEVICE, Subject, make_subject, opaque
 
 __all__ = ["assert_function", "assert_loss", "check_function", "check_loss"]
@@ -142,7 +142,7 @@ def _check(
     compile: bool, name: str | None, how: dict[str, Any],
 ) -> Report:  # fmt: skip
     def job(checks: Sequence[Check], tell: Tell, until: float) -> None:
-        with surroundings(inputs), left_alone(fn, reference, inputs):
+        with surroundings(inputs), untouched(fn, reference, inputs):
             subject = prepare(fn, inputs, reference, wrt, name)
 
             def located(kind: str, value: Any) -> None:
@@ -173,7 +173,7 @@ def surroundings(inputs: Sequence[Any]) -> Iterator[None]:
     devices = {x.device.index or 0 for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
     default = torch.get_default_device()
     token = CALLERS_DEVICE.set(default if default.type != "cpu" else None)
-    with ambient.kept(), torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+    with left_alone(), torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
         torch.set_num_threads(1)  # on a busy machine waiting for a second one takes 20 times as long as a batch_norm
         if default.type != "cpu":  # a mode that slows every call: not set in vain
             torch.set_default_device("cpu")

@@ -52,6 +52,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def layouts_of(subject: Subject) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The layouts that its inputs may have: pairs that are complex numbers stay together."""
+    return {name: layout for name, layout in LAYOUTS.items() if layout is not one_off or not subject.complex}
+
+
 @check("function", "layouts")
 def layouts(subject: Subject) -> Finding | None:
     """Non-contiguous, transposed, offset, expanded inputs and grad_outputs give what their contiguous copies give."""
@@ -59,7 +64,7 @@ def layouts(subject: Subject) -> Finding | None:
     if subject.random:
         raise Skip("random numbers go by the layout")
     inputs = subject.floats()
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts_of(subject).items():
         for i in subject.wrt:
             laid = layout(inputs[i])
             if laid.is_contiguous() and laid.storage_offset() == 0:
@@ -99,7 +104,7 @@ def laid_out(
 
 def incoming_layouts(subject: Subject, inputs: Sequence[Any]) -> Finding | None:
     outputs = subject.call(*inputs)
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts_of(subject).items():
         vs = [layout(v) for v in subject.incoming(outputs)]
         cause = f"breaks when grad_output is {name}"
         _, expected = subject.gradients(inputs, incoming=[v.contiguous() for v in vs])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torchcalc.testing.belongings import left_alone
+from torchcalc.testing.belongings import untouched
 from torchcalc.testing.functions import prepare, surroundings
 from torchcalc.testing.registry import Check, Kind, run_one, select
 from torchcalc.testing.report import Report
@@ -66,7 +66,7 @@ def _test(
 
     @pytest.mark.parametrize("check", checks, ids=[c.name.replace(" ", "_") for c in checks])
     def test(check: Check) -> None:
-        with surroundings(inputs), left_alone(fn, reference, inputs):
+        with surroundings(inputs), untouched(fn, reference, inputs):
             subject = prepare(fn, inputs, reference, wrt, name)
             finding = run_one(check, subject.fresh)
         Report(subject.name, (finding,)).raise_errors()

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torchcalc.testing import ambient
 from torchcalc.testing.report import Finding
+from torchcalc.testing.settings import left_alone
 
 __all__ = ["CHECKS", "Check", "Skip", "check", "run_one", "select"]
 
@@ -75,7 +75,7 @@ def select(
 
 def run_one(c: Check, fresh: Callable[[], Any]) -> Finding:
     """Run one check; what it raises becomes its finding."""
-    with warnings.catch_warnings(), ambient.kept(ambient.FLAGS):  # what a subject sets, the next check does not see
+    with left_alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return replace(c.call(fresh()) or Finding(c.name), check=c.name)

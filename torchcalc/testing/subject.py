@@ -24,8 +24,8 @@ __all__ = ["Subject", "is_float", "make_subject", "name_of", "normal"]
 
 Call = Callable[..., Any]
 Tensors = tuple[Tensor, ...]
-#: What an unsupported use may raise; others are slips.
-CLEAR = (NotImplementedError, RuntimeError, ValueError, AssertionError, TypeError, IndexError)
+# what an unsupported use may raise; others are slips
+CLEAR = (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 CALLERS_DEVICE: ContextVar[torch.device | None] = ContextVar("CALLERS_DEVICE", default=None)
 

@@ -36,8 +36,8 @@ from typing import Any
 
 import torch
 
-from torchcalc.testing import ambient, registry
-from torchcalc.testing.belongings import left_alone
+from torchcalc.testing import registry
+from torchcalc.testing.belongings import untouched
 
 # Imported in the order of the report: importing registers the checks.
 from torchcalc.testing.optimizers import (  # isort: skip  # noqa: F401
@@ -61,6 +61,7 @@ from torchcalc.testing.optimizers.noise import Silenced
 from torchcalc.testing.optimizers.subject import OptimizerSubject
 from torchcalc.testing.report import Report
 from torchcalc.testing.runs import Tell, play, run
+from torchcalc.testing.settings import left_alone
 
 __all__ = ["OptimizerSubject", "assert_optimizer", "check_optimizer", "pytest_optimizer"]
 
@@ -114,7 +115,7 @@ def check_optimizer(
     fresh = _fresh(optimizer, reference, options, threshold, prepare)
 
     def job(checks: Sequence[registry.Check], tell: Tell, until: float) -> None:
-        with left_alone(optimizer, reference, prepare, options), _surroundings(fresh) as subject:
+        with untouched(optimizer, reference, prepare, options), _surroundings(fresh) as subject:
             play(subject.name, checks, fresh, tell, until)
 
     return run(job, checks, progress, seconds, isolate)
@@ -194,9 +195,9 @@ def pytest_optimizer(
 @contextlib.contextmanager
 def _surroundings(fresh: Callable[[], OptimizerSubject]) -> Iterator[OptimizerSubject]:
     """The same random numbers every time, on the CPU, noise at its mean; afterwards everything is the caller's again."""
-    with ambient.kept(), torch.device("cpu"), torch.enable_grad():
+    with left_alone(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
         torch.default_generator.manual_seed(0)
-        with ambient.kept(ambient.FLAGS):
+        with left_alone():
             subject = fresh()
             noise = Silenced() if subject.is_noisy else contextlib.nullcontext()
         with noise:

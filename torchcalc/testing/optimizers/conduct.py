@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchcalc.testing import ambient
 from torchcalc.testing.optimizers.compare import failed, leaves, parting
 from torchcalc.testing.optimizers.subject import OptimizerSubject
 from torchcalc.testing.optimizers.tensors import Grads, clone, gradients
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
+from torchcalc.testing.settings import generators, restore, seed, settings
+
+
+def alike(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
 @check("optimizer", "side effects")
@@ -20,35 +24,33 @@ def side_effects(subject: OptimizerSubject) -> Finding | None:
     """Making it and stepping change no global flag, seed no generator, and draw from none without need."""
     consumed: list[str] = []
     ends = []
-    for seed in (1, 2):
-        ambient.seeds(seed)
-        flags, generators = ambient.taken(ambient.FLAGS), ambient.taken(ambient.GENERATORS)
+    for value in (1, 2):
+        seed(value)
+        flags, before = settings(), generators()
         params = subject.parameters()
-        bystander = nn.Parameter(torch.ones(3))
-        bystander.grad = torch.ones(3)
         optimizer = subject.make(params)
         subject.play(optimizer, params, gradients(params, 3))
-        changed = ambient.changes(flags, ambient.FLAGS)
+        changed = restore(flags)
         if changed:
-            ambient.put_back(flags, ambient.FLAGS)
             text = f"after three steps {', '.join(changed)} are not as before: other code of the process sees it"
             return Finding("side effects", "error", changed[0], text, f"changes {changed[0]}")
-        consumed = ambient.changes(generators, ambient.GENERATORS)
-        ends.append((ambient.taken(ambient.GENERATORS), clone(params)))
+        after = generators()
+        consumed = [name for name in before if not alike(before[name], after[name])]
+        ends.append((after, clone(params)))
         grown = [i for i, p in enumerate(params) if p._backward_hooks or not p.requires_grad]
         if grown:
             text = f"parameters {grown} have hooks, or require no grad any more"
             return Finding("side effects", "error", "hooks", text, "leaves hooks on parameters")
-    seeded = [name for name in consumed if ambient._equal(ends[0][0][name], ends[1][0][name])]
+    seeded = [name for name in consumed if alike(ends[0][0][name], ends[1][0][name])]
     if seeded:
-        text = f"whatever {seeded[0]} was seeded with, after three steps it is in the same state: what else draws is seeded"
-        return Finding("side effects", "error", "seeded", text, f"seeds {seeded[0]}")
+        text = f"whatever {seeded[0]} generator was seeded with, after three steps it is in the same state"
+        return Finding("side effects", "error", "seeded", text, f"seeds {seeded[0]} generator")
     if consumed and not subject.is_noisy and not subject.is_random:
         same = all(map(torch.equal, ends[0][1], ends[1][1]))
-        text = f"it draws from {', '.join(consumed)}" + (
+        text = f"it draws from {', '.join(consumed)} generator" + (
             ", and its steps do not depend on what it draws" if same else ""
         )
-        return Finding("side effects", "note", "draws", text, f"draws from {consumed[0]}")
+        return Finding("side effects", "note", "draws", text, f"draws from {consumed[0]} generator")
     return Finding("side effects", figure=f"draws from {', '.join(consumed)}" if consumed else "")
 
 

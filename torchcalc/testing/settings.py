@@ -1,0 +1,131 @@
+"""The settings and generators of the whole process: as they are, and set back."""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+def autocast_dtype(value: torch.dtype) -> None:
+    torch.set_autocast_dtype("cpu", value)
+
+
+def backend(owner: Any, name: str) -> Setting:
+    return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
+
+
+SETTINGS: dict[str, Setting] = {
+    "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "the default device": (torch.get_default_device, lambda value: None),
+    "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "inference mode": (torch.is_inference_mode_enabled, lambda value: None),
+    "deterministic algorithms": (
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+    ),
+    "anomaly detection": (
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda value: torch.autograd.set_detect_anomaly(*value) and None,
+    ),
+    "the number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "autocast": (lambda: torch.is_autocast_enabled("cpu"), lambda value: torch.set_autocast_enabled("cpu", value)),
+    "the dtype of autocast": (lambda: torch.get_autocast_dtype("cpu"), autocast_dtype),
+    "the cache of autocast": (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    "the precision of float32 matmul": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "multithreading of backward": (
+        torch.autograd.is_multithreading_enabled,
+        lambda value: torch.autograd.set_multithreading_enabled(value) and None,
+    ),
+    "torch.backends.mkldnn.enabled": (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    "torch.backends.cudnn.benchmark": backend(torch.backends.cudnn, "benchmark"),
+    "torch.backends.cudnn.deterministic": backend(torch.backends.cudnn, "deterministic"),
+    "torch.backends.cudnn.allow_tf32": backend(torch.backends.cudnn, "allow_tf32"),
+    "the garbage collector": (gc.isenabled, lambda value: gc.enable() if value else gc.disable()),
+    "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
+    "hooks of all modules": (
+        lambda: tuple(
+            len(hooks) for name, hooks in sorted(vars(nn.modules.module).items()) if is_global_hook(name, hooks)
+        ),
+        lambda value: None,
+    ),
+    "the function and dispatch modes": (
+        lambda: (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
+        lambda value: None,
+    ),
+    "the hooks of saved tensors": (lambda: saved_hooks(), lambda value: None),
+}
+
+
+def is_global_hook(name: str, hooks: Any) -> bool:
+    return name.startswith("_global_") and isinstance(hooks, dict)
+
+
+def saved_hooks() -> bool:
+    """Whether default hooks of saved tensors are installed."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def settings() -> dict[str, Any]:
+    """The global settings as they are, NumPy's among them where it is in use."""
+    found = {name: get() for name, (get, _) in SETTINGS.items()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        found["NumPy's error handling"] = numpy.geterr()
+    return found
+
+
+def restore(before: dict[str, Any]) -> list[str]:
+    """Set back what has changed, and say what has."""
+    changed = [name for name, value in settings().items() if name in before and value != before[name]]
+    for name in changed:
+        if name in SETTINGS:
+            SETTINGS[name][1](before[name])
+        else:
+            sys.modules["numpy"].seterr(**before[name])
+    return changed
+
+
+def generators() -> dict[str, Any]:
+    """The states of the global generators."""
+    found: dict[str, Any] = {"torch's": torch.default_generator.get_state(), "Python's": random.getstate()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, keys, *others = numpy.random.get_state()
+        found["NumPy's"] = (kind, keys.tolist(), *others)
+    return found
+
+
+def seed(value: int) -> None:
+    torch.default_generator.manual_seed(value)
+    random.seed(value)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(value)
+
+
+def regenerate(states: dict[str, Any]) -> None:
+    torch.default_generator.set_state(states["torch's"])
+    random.setstate(states["Python's"])
+    if "NumPy's" in states:
+        kind, keys, *others = states["NumPy's"]
+        numpy = sys.modules["numpy"]
+        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *others))
+
+
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """Afterwards Python's and NumPy's generators and all settings are as they were."""
+    states, before = generators(), settings()
+    try:
+        yield
+    finally:
+        regenerate(states)
+        restore(before)
