@@ -468,6 +468,75 @@ class RelativeStep(Base):
         p.sub_((rate * g / (v.sqrt() + 1e-15)).to(p.dtype))
 
 
+class OnlyFloat32(Base):
+    """Momentum as a kernel of one dtype has it; others are refused."""
+
+    def update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        if p.dtype != torch.float32:
+            raise TypeError(f"it takes float32, not {p.dtype}")
+        (b,) = self.slots(p, "momentum_buffer")
+        p.add_(b.mul_(0.9).add_(g), alpha=-group["lr"])
+
+
+class MasterWeights(Base):
+    """Steps in float32 at least, and rounds the parameter."""
+
+    def update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        wide = torch.promote_types(p.dtype, torch.float32)
+        master = self.state[p].setdefault("master", p.to(wide, copy=True))
+        p.copy_(master.add_(g.to(wide), alpha=-group["lr"]))
+
+
+class Private(Base):
+    """DP-SGD: the gradient's norm is at most 1, and noise is added."""
+
+    def update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        g = g / g.norm().clamp(min=1).to(g.dtype)
+        p.add_(g + 1e-2 * torch.empty_like(g).normal_(), alpha=-group["lr"])
+
+
+class OwnNoise(Base):
+    """Noise from a generator of its own, which starts anew when it is copied."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        p.add_(g, alpha=-group["lr"])
+        p.add_(torch.randn(p.shape, generator=self.generator, dtype=p.dtype), alpha=1e-3)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.generator = torch.Generator().manual_seed(1)
+
+
+class LowRank(Base):
+    """GaLore's way: the gradient's part in its two largest directions, which are renewed every ten steps."""
+
+    def __init__(self, params: Any, lr: float = 0.1, update_proj_gap: int = 10) -> None:
+        super().__init__(params, lr, update_proj_gap=update_proj_gap)
+
+    def update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        if g.dim() > 1 and g.numel():
+            (u,) = (self.state[p].get("u"),)
+            count = self.state[p].get("count", 0)
+            matrix = g.reshape(g.shape[0], -1).to(torch.promote_types(g.dtype, torch.float32))
+            if u is None or count % group["update_proj_gap"] == 0:
+                u = torch.linalg.svd(matrix, full_matrices=False)[0][:, :2] if bool(g.isfinite().all()) else matrix
+            self.state[p].update(u=u, count=count + 1)
+            g = (u @ (u.mH @ matrix)).reshape(g.shape).to(p.dtype)
+        p.add_(g, alpha=-group["lr"])
+
+
+class Proximal(Base):
+    """A step, and the proximal map of the L1 norm."""
+
+    def update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        p.add_(g, alpha=-group["lr"])
+        p.copy_(p.sgn() * (p.abs() - 1e-3 * group["lr"]).clamp(min=0))
+
+
 def _train(optimizer: Any) -> None:
     optimizer.train()
 
@@ -479,7 +548,7 @@ UNUSUAL: tuple[tuple[Any, dict[str, Any], Callable[[Any], None] | None], ...] = 
     *((cls, {}, None) for cls in (
         SGLD, KeepsZeros, LARS, LAMB, Shampoo, Lookahead, SAM, SignSGD, NormalizedGD, AdaBelief, Yogi, Cautious,
         Clamped, Centralized, DAdaptation, WeightAverage, Accumulates, WarmsUp, Greedy, BlockQuantized, Flat,
-        PolyakStep, RelativeStep,
+        PolyakStep, RelativeStep, OnlyFloat32, MasterWeights, Private, OwnNoise, LowRank, Proximal,
     )),
     (ScheduleFree, {}, _train),
     (Made, dict(foreach=False), None),

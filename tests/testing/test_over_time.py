@@ -14,8 +14,16 @@ from tests.testing.right_optimizers import SGLD, UNUSUAL, ScheduleFree
 from torchcalc.testing import check_optimizer
 from torchcalc.testing.settings import generators, left_alone, settings
 
+FAST = ("a correction that stops at step 10", "nan after 500, seen by itself", "gradients below 1e-6 dropped", "nan_to_num",
+        "lr floor", "zero gradients skip", "elements beyond 4,096", "p.grad kept as state", "unfreezing", "reseeds torch",
+        "default dtype")  # fmt: skip
 
-@pytest.mark.parametrize("row", OVER_TIME, ids=[row[0].replace(" ", "_") for row in OVER_TIME])
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=() if row[0] in FAST else pytest.mark.slow) for row in OVER_TIME],
+    ids=[row[0].replace(" ", "_") for row in OVER_TIME],
+)
 def test_a_defect_that_shows_late_or_for_other_sizes_is_found(row: Any) -> None:
     _, cls, reference, options, check, verdict, cause = row
     finding = check_optimizer(cls, reference, options=options, include=[check], progress=False)[check]
@@ -37,7 +45,7 @@ def test_without_a_reference_it_is_noted(row: Any) -> None:
     assert report.errors or report.notes or name in NEEDS_REFERENCE, str(report)
 
 
-QUICK = ("SGLD", "KeepsZeros", "ScheduleFree", "Made", "LAMB", "Lookahead")
+QUICK = ("SGLD", "KeepsZeros", "ScheduleFree", "Made", "OnlyFloat32")
 
 
 @pytest.mark.parametrize(

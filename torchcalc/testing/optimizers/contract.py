@@ -144,7 +144,7 @@ def hooks(subject: OptimizerSubject) -> Finding | None:
 @check("optimizer", "gradients kept")
 def gradients_kept(subject: OptimizerSubject) -> Finding:
     """The step does not write to p.grad, nor replace it."""
-    tried = [(torch.float64, v) for v in variants(subject)] + [(torch.float32, {}), (torch.bfloat16, {})]
+    tried = [(subject.exact, v) for v in variants(subject)] + [(dtype, {}) for dtype in subject.dtypes[1:]]
     for dtype, variant in tried:
         for name, way in subject.each_way():
             params = subject.parameters(dtype)

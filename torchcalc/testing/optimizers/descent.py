@@ -80,7 +80,7 @@ def descend(
 def quadratic(subject: OptimizerSubject) -> Finding:
     """Descends on a quadratic of condition 10."""
     start = subject.parameters()[0].detach()
-    curvature = torch.linspace(0.5, 5, start.numel(), dtype=torch.float64).reshape(start.shape)
+    curvature = torch.linspace(0.5, 5, start.numel(), dtype=start.dtype).reshape(start.shape)
     return descend(subject, "quadratic", start, lambda p: (curvature * p * p).sum() / 2, 400, 1e-2)
 
 
@@ -89,7 +89,7 @@ def rosenbrock(subject: OptimizerSubject) -> Finding:
     """Descends into and along Rosenbrock's valley."""
     shape = subject.shapes()[0]
     even = shape[-1] // 2 * 2
-    start = torch.zeros(shape, dtype=torch.float64)
+    start = torch.zeros(shape, dtype=subject.exact)
     start[..., 0:even:2], start[..., 1:even:2] = -1.2, 1.0
 
     def loss(p: Tensor) -> Tensor:
@@ -127,6 +127,8 @@ def threshold(subject: OptimizerSubject) -> Finding:
     """On a quadratic it converges below the stability threshold and diverges above it."""
     if subject.defaults.get("maximize") or subject.needs_closure:
         raise Skip("it maximizes, or needs a closure")
+    if subject.exact != torch.float64:
+        raise Skip("it refuses float64")
     lr = subject.lr
     if subject.threshold is None:
         bound, how = _derived(subject, lr)

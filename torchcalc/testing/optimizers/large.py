@@ -24,7 +24,7 @@ def large_tensors(subject: OptimizerSubject) -> Finding:
     """A tensor of 66,193 elements steps as its parts do, and no element of it stands still."""
     if subject.needs_closure:
         raise Skip("it needs a closure, whose value grows with the tensor")
-    for dtype in (torch.float64, torch.float32):
+    for dtype in subject.dtypes[:2]:
         for name, way in subject.each_way():
             finding = tiled(subject, dtype, name, way) if subject.elementwise else permuted(subject, dtype, name, way)
             if finding is not None:
@@ -50,7 +50,7 @@ def dimensions(subject: OptimizerSubject) -> Finding:
         if not all(subject.has(k) for k in variant):
             continue
         for name, way in subject.each_way():
-            (p,) = parameters((SHAPES[0][0],))
+            (p,) = parameters((SHAPES[0][0],), subject.exact)
             grads = gradients([p], 3)
             for shapes, count in zip(SHAPES, (12, 1), strict=True):
                 # The first run is that of the vector, or of its first element in it.

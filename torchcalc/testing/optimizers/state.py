@@ -242,7 +242,7 @@ def deepcopying(subject: OptimizerSubject) -> Finding | None:
 def state_dtype(subject: OptimizerSubject) -> Finding:
     """State of the parameter's shape is at least as precise as the parameter, and on its device."""
     seen: dict[str, str] = {}
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    for dtype in (d for d in subject.dtypes if d != torch.float16):
         for name, way in subject.each_way():
             params = subject.parameters(dtype)
             optimizer = subject.make(params, **way)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcalc.testing.optimizers.compare import parting
+from torchcalc.testing.optimizers.noise import Silenced
 from torchcalc.testing.optimizers.tensors import SHAPES, Grads, Play, clone, gradients, parameters, set_gradients
 from torchcalc.testing.registry import Skip
 
@@ -77,6 +79,8 @@ class OptimizerSubject:
     @functools.cached_property
     def is_random(self) -> bool:
         """Whether bfloat16 steps differ from run to run, as stochastic rounding does."""
+        if torch.bfloat16 not in self.dtypes:
+            return False
         params = [nn.Parameter(torch.linspace(0.5, 2, 64, dtype=torch.bfloat16).reshape(8, 8))]
         grads = gradients(params, 2)
         runs = [self.trial(params, grads) for _ in range(3)]
@@ -84,22 +88,23 @@ class OptimizerSubject:
 
     @functools.cached_property
     def is_noisy(self) -> bool:
-        """Whether its float64 steps depend on the seed of torch's generators, as those of Langevin dynamics do."""
+        """Whether its steps are others when torch's random numbers are at their mean, as in Langevin dynamics."""
         params = self.parameters()
         grads = gradients(params, 2)
         runs = []
-        for seed in (0, 0, 1):
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
+        for mode in (contextlib.nullcontext(), contextlib.nullcontext(), Silenced()):
+            with torch.random.fork_rng(devices=[]), mode:
+                torch.default_generator.manual_seed(0)
                 runs.append(self.trial(params, grads)[-1])
-        same, differ = (all(map(torch.equal, runs[0], run)) for run in runs[1:])
-        return same and not differ
+        same, quiet = (all(map(torch.equal, runs[0], run)) for run in runs[1:])
+        finite = all(bool(x.isfinite().all()) for x in runs[2])
+        return same and not quiet and finite  # what is not finite without noise cannot be checked so
 
     @functools.cached_property
     def elementwise(self) -> bool:
         """Whether an element steps by its own gradients alone, and in the same way wherever it lies."""
         shape = self.shapes(((12,),))[0]
-        (p,) = parameters((shape,))
+        (p,) = parameters((shape,), self.exact)
         grads = [g for (g,) in gradients([p], 4) if g is not None]
         half = shape[0] // 2
         if half == 0:
@@ -191,8 +196,27 @@ class OptimizerSubject:
                     self._takes[shape] = True
         return tuple(shape for shape in wanted if self._takes[shape])
 
-    def parameters(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[nn.Parameter]:
-        return parameters(self.shapes(), dtype, seed)
+    def parameters(self, dtype: torch.dtype | None = None, seed: int = 0) -> list[nn.Parameter]:
+        return parameters(self.shapes(), dtype or self.exact, seed)
+
+    @functools.cached_property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Those in which it takes a step, the most precise one first; all, if it takes none."""
+        every = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        return tuple(dtype for dtype in every if self._steps_in(dtype)) or every
+
+    def _steps_in(self, dtype: torch.dtype) -> bool:
+        params = parameters(self.shapes(), dtype)
+        try:
+            self.trial(params, gradients(params, 1))
+        except Exception:  # however it refuses
+            return False
+        return True
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The dtype of most checks: float64 where it is taken."""
+        return self.dtypes[0]
 
     def step(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """One step with these gradients; through a closure, of a linear loss, where the optimizer needs one."""
