@@ -5,28 +5,8 @@ The slope of the secant through x and x + h is, by Taylor's theorem,
     (f(x + h) − f(x))/h = f' + h/2·f'' + O(h²),                                   (1)
 
 plus what rounding contributes, about ε·|f|/h: it tends to f' as h shrinks, until h is about √ε, and then away again.
-Central differences lose every odd term, for the error of f(x + h) at +h is that of f(x − h) with the other sign:
-
-    D(h) = (f(x + h) − f(x − h))/2h = f' + c₂h² + c₄h⁴ + …                        (2)
-
-Richardson.  D(h/2) has the same series with c₂/4, c₄/16, …, so
-
-    D₁(h/2) = D(h/2) + (D(h/2) − D(h))/(4 − 1)       has no h² term, and again    (3)
-    Dⱼ(h/2) = Dⱼ₋₁(h/2) + (Dⱼ₋₁(h/2) − Dⱼ₋₁(h))/(4ʲ − 1)    has none up to h²ʲ.   (3')
-
-Ridders.  Every entry is compared with the two that it was made of. What they differ by is about the error of the worse
-of the two, so it bounds that of the entry while (2) holds; h small makes it rounding, h large truncation. The entry of
-the smallest error is returned:
-
-    error = max(|Dⱼ(h) − Dⱼ₋₁(h)|, |Dⱼ(h) − Dⱼ₋₁(2h)|, C) + e/h.                   (4)
-
-C guards against a limit that is none: far apart, the slopes of sin all are near 0, and agree. A value that is f' must
-agree with the shorter secants, as far as these are exact themselves: C is the most by which |Dⱼ(h) − D₁(h')| exceeds
-|D₁(h') − D(h')| + 4e/h' for h' < h. And e is the rounding error of f: ε·max|f|, or more, if the last three D₁, where h is
-so small that nothing else is left, scatter more: then e is the largest |D₁(h) − D₁(2h)|·h of them.
-
-Kinks.  The one-sided slopes differ by G(h) = (f(x + h) − 2f(x) + f(x − h))/h = h·f'' + O(h³). If 2G(h/2) − G(h) does not
-vanish, x is a kink, as of |x| at 0: any slope between the two is as good, and the error is at least half the gap.  (5)
+Central differences lose every odd term of Taylor's series; :mod:`~torchcalc.calculus.extrapolation` derives what removes
+the even ones, the error bar and the kinks: (2) to (4) there.
 
 Scale.  Steps shrink from a quarter of max(|x|, 1) to √ε. Where that leaves a relative error above 10⁻⁶, as of log at 10⁻⁸, with
 its edge nearer than all steps, or of relu at 10⁻⁹, they are tried from a quarter to √ε of |x| as well, and the result with
@@ -45,14 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchcalc.calculus.extrapolation import extrapolate, precision
+
 __all__ = ["NumericDerivative", "Secant", "SecantTable", "numeric_derivative", "secant_table"]
 
-LARGEST = (
-    0.25  # h, relative to the scale of f, which is max(|x|, 1) or |x|; the smallest is √ε, or √ε·|x|, or 16 ulp of x
-)
+# h, relative to the scale of f, which is max(|x|, 1) or |x|; the smallest is √ε, or √ε·|x|, or 16 ulp of x
+LARGEST = 0.25
 ROUGH = 1e-6  # relative error beyond which the scale may be |x|
-SCATTER = 3  # shortest secants whose scatter is the rounding error of f
-COLUMNS = 6  # of the tableau; more of them only add rounding
 
 
 @dataclass(frozen=True)
@@ -130,35 +109,12 @@ def _ladder(f: Callable[[Any], Any], x: Tensor, center: Tensor, scale: float) ->
     largest, least = LARGEST * scale, max(eps**0.5 * min(scale, 1.0), 16 * torch.finfo(x.dtype).eps * abs(float(x)))
     count = round(math.log2(largest / least)) + 1
     hs = [(x + largest * 2.0**-k) - x for k in range(count)]  # as they are in floating point
-    ups, downs = ([_try(f, x + sign * h, center) for h in hs] for sign in (1, -1))
-    rows: list[list[Tensor]] = []
-    for h, up, down in zip(hs, ups, downs, strict=True):
-        row = [(up - down) / (2 * h)]  # (2)
-        for j, coarse in enumerate(rows[-1][:COLUMNS] if rows else [], 1):
-            row.append(row[-1] + (row[-1] - coarse) / (4**j - 1))  # (3')
-        rows.append(row)
-    d0, d1 = torch.stack([row[0] for row in rows]), torch.stack([row[min(1, len(row) - 1)] for row in rows])
+    ups, downs = (torch.stack([_try(f, x + sign * h, center) for h in hs]) for sign in (1, -1))
     column = torch.stack(hs).reshape(-1, *[1] * center.dim())
-    e = ((d1[-SCATTER:] - d1[-SCATTER - 1 : -1]).abs() * column[-SCATTER:]).nan_to_num(0).amax(0)
-    sizes = torch.maximum(torch.stack(ups).abs(), torch.stack(downs).abs())
-    noise = torch.maximum(e, eps * sizes) / column
-    trusted = (d1 - d0).abs() + 4 * noise
-    value, error, step = (torch.full_like(center, v) for v in (math.nan, math.inf, math.nan))
-    for i in range(1, count):
-        for j in range(1, len(rows[i])):
-            entry = rows[i][j]
-            worst = torch.maximum((entry - rows[i][j - 1]).abs(), (entry - rows[i - 1][j - 1]).abs())
-            if i + 1 < count:
-                worst = torch.maximum(worst, ((entry - d1[i + 1 :]).abs() - trusted[i + 1 :]).amax(0))  # C
-            candidate = worst + noise[i]  # (4)
-            better = candidate < error  # never where it is nan
-            value, error = torch.where(better, entry, value), torch.where(better, candidate, error)
-            step = torch.where(better, hs[i], step)
-    gaps = [(u - 2 * center + d) / h for h, u, d in zip(hs[-2:], ups[-2:], downs[-2:], strict=True)]
-    gap = (2 * gaps[1] - gaps[0]).abs()
-    kink = gap > 16 * eps * center.abs() / hs[-1] + 1e-3 * gaps[1].abs()
-    error = torch.where(kink, torch.maximum(error, gap / 2), error)  # (5)
-    return value, error, step, 2 * len(hs)
+    noise = precision(torch.cat([ups, downs])) * torch.maximum(ups.abs(), downs.abs()).nan_to_num(0, 0)
+    found = extrapolate(ups, downs, center, column, noise)
+    error = torch.maximum(found.error, torch.where(found.kink, found.gap / 2, 0))
+    return found.value, error, found.step, 2 * count
 
 
 def _value(y: Any, x: Tensor) -> Tensor:

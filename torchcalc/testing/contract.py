@@ -88,8 +88,10 @@ def no_grad(subject: Subject) -> Finding | None:
     values, _ = subject.gradients(inputs)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            outputs = subject.call(*subject.leaves(inputs, subject.wrt))
-            if mode is torch.no_grad and any(y.requires_grad and not y._is_view() for y in outputs):
+            leaves = subject.leaves(inputs, subject.wrt)
+            outputs = subject.call(*leaves)
+            new = [y for y in outputs if not y._is_view() and not any(y is x for x in leaves)]
+            if mode is torch.no_grad and any(y.requires_grad for y in new):
                 text = f"the output requires grad under torch.{mode.__name__}()"
                 return Finding("", "error", "", text, "ignores no_grad")
             what, names = f"under {mode.__name__}", (mode.__name__, "with grad")
@@ -126,6 +128,9 @@ def same_tensor_twice(subject: Subject) -> Finding | None:
 def determinism(subject: Subject) -> Finding | None:
     """The same inputs give the same values and gradients, to the last bit (a random function: from the same seed)."""
     inputs = subject.floats()
+    if subject.drifts:
+        text = "two calls with the same inputs and from the same seed differed: the result depends on the calls before"
+        return Finding("", "error", "", text, "not deterministic: state is kept between calls")
     (y1, g1), (y2, g2) = subject.gradients(inputs), subject.gradients(inputs)
     for a, b in zip((*y1, *g1), (*y2, *g2), strict=True):
         if (a is None) != (b is None) or (a is not None and b is not None and not same(a, b)):

@@ -199,6 +199,7 @@ def compare(
         text = f"{what}: shape {list(actual.shape)}, where {list(expected.shape)} is right"
         return Finding("", verdict, "shape", text, "wrong shape")
     zeros = torch.zeros_like(expected)
+    actual = actual.to_dense() if actual is not None and actual.layout != torch.strided else actual
     found = Comparison(
         what, zeros if actual is None else actual.to(expected.dtype), expected, bars, use,
         regions or {}, alternatives or {}, names,

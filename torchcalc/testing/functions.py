@@ -15,15 +15,22 @@ from torch import Tensor
 from torchcalc.testing import (  # noqa: F401  they register their checks, in the order of the report
     derivatives,
     second,
+    third,
+    upstream,
     contract,
     layouts,
     storage,
     kernels,
     extremes,
     precision,
+    side_effects,
+    regions,
+    rows,
     transforms,
     losses,
     targets,
+    laws,
+    recognised,
 )
 
 # isort: on
@@ -31,7 +38,7 @@ from torchcalc.testing.belongings import untouched
 from torchcalc.testing.registry import Check, Kind, select
 from torchcalc.testing.report import Finding, Report
 from torchcalc.testing.runs import Tell, play, run
-from torchcalc.testing.settings import left_alone
+from torchcalc.testing.settings import left_alone, restore, settings
 from torchcalc.testing.subject import CALLERS_DEVICE, Subject, make_subject, opaque
 
 __all__ = ["assert_function", "assert_loss", "check_function", "check_loss"]
@@ -187,6 +194,8 @@ def surroundings(inputs: Sequence[Any]) -> Iterator[None]:
 
 def prepare(fn: Any, inputs: Sequence[Any], reference: Any, wrt: Any, name: str | None) -> Subject:
     """A subject, made without the warnings of the function."""
+    before = settings()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return make_subject(fn, inputs, reference, wrt, name)
+        subject = make_subject(fn, inputs, reference, wrt, name)
+    return replace(subject, disturbed=tuple(restore(before)))

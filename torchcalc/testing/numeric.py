@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare, regions
-from torchcalc.testing.differences import Slopes, element_slopes, slopes_along
+from torchcalc.testing.differences import Slopes, element_slopes, least_scale, slopes_along
 from torchcalc.testing.registry import Skip
 from torchcalc.testing.report import Finding
 from torchcalc.testing.subject import CLEAR, Subject, dot, normal, said
@@ -65,6 +65,18 @@ def tolerance(slopes: Slopes) -> Tensor:
     return 10 * slopes.error + 1e4 * eps * (size + size.max() if size.numel() else size)
 
 
+def telling(value: Tensor, allowed: Tensor, use: Tensor, size: float) -> Tensor:
+    """Where a difference is exact enough to tell a wrong gradient: to a hundredth of it, or of what f changes by at all.
+
+    Args:
+        value, allowed, use: as of :func:`spread_out`.
+        size: of the function, Σ|v·f|.
+    """
+    largest = float(value[use].abs().max()) if use.any() else 0.0
+    floor = max(1e-3 * largest, torch.finfo(value.dtype).eps ** (1 / 3) * size)
+    return use & (allowed <= 0.01 * value.abs().clamp(min=floor) + torch.finfo(value.dtype).tiny)
+
+
 def left_out(subject: Subject, i: int, x: Tensor, slopes: Slopes, indices: Sequence[int]) -> str:
     """The kinks, by name."""
     names = []
@@ -114,26 +126,34 @@ def quick(subject: Subject, inputs: Inputs, where: str = "") -> Finding:
     slopes = along_all(subject, inputs, u)
     if bool(slopes.usable.all()):
         weights = flat(subject.incoming(shapes)).to(slopes.value.dtype)
-        actual = dot(grads, u, u[0])
-        if abs(float(actual - weights @ slopes.value)) <= float(weights.abs() @ tolerance(slopes)):
+        actual, expected, allowed = dot(grads, u, u[0]), weights @ slopes.value, weights.abs() @ tolerance(slopes)
+        size = float(weights.abs() @ flat(shapes).abs().to(weights.dtype))
+        exact = telling(expected, allowed, torch.ones_like(expected, dtype=torch.bool), size)
+        if bool(exact) and abs(float(actual - expected)) <= float(allowed):
             return Finding("", figure="along a direction")
     return first_order(subject, inputs, where)
 
 
 def first_order(subject: Subject, inputs: Inputs, where: str = "") -> Finding:
-    """J'v of every input against differences, element by element."""
+    """J'v of every input against differences, element by element; "not checked" if none of them is exact enough."""
     need_derivatives(subject)
     shapes, grads = subject.gradients(inputs)
-    incoming = subject.incoming(shapes)
+    dead = not all(y.isfinite().all() for y in shapes)
+    incoming = [torch.where(y.isfinite(), v, 0) for y, v in zip(shapes, subject.incoming(shapes), strict=True)]
+    if dead:  # outside of its domain, whose gradients say nothing
+        _, grads = subject.gradients(inputs, incoming=incoming)
     weights, excess, kinks = flat(incoming).to(subject.exact), 0.0, ""
-    weights = torch.where(flat(shapes).isfinite(), weights, 0)
+    size = float((weights * flat(shapes).nan_to_num(0, 0, 0)).abs().sum())
+    compared = total = 0
     for n, i in enumerate(subject.wrt):
         x = inputs[i]
         if not x.numel():
             continue
         indices = chosen(x)
-        slopes = element_slopes(of_input(subject, inputs, i), x, weights, indices)
+        slopes = element_slopes(of_input(subject, inputs, i), x, weights, indices, floor(subject, inputs))
         value, allowed, use = spread_out(slopes, x, indices)
+        if dead:
+            use = use & zeros_like_none(grads[n], x).isfinite()
         kinks += left_out(subject, i, x, slopes, indices)
         what = f"gradient of {subject.label(i)}{where}"
         areas = regions(x, special_rows(subject, inputs))
@@ -144,13 +164,22 @@ def first_order(subject: Subject, inputs: Inputs, where: str = "") -> Finding:
         if found is not None:
             cause = f"None returned for {subject.label(i)}" if found.cause == "None returned" else found.cause
             return replace(found, cause=cause)
+        exact = telling(value, allowed, use, size)
+        compared, total = compared + int(exact.sum()), total + len(indices)
         gap = ((zeros_like_none(grads[n], x) - value).abs() / allowed)[use]
         excess = max(excess, float(gap.max()) if gap.numel() else 0.0)
         if len(indices) < x.numel():
             found = dense(subject, inputs, i, grads[n], weights)
             if found is not None:
                 return found
-    return Finding("", figure=f"{excess:.2f} of the error bar{kinks}")
+    counts = f"{compared} of {total} elements"
+    details = dict(compared=compared, elements=total)
+    if total and not compared:
+        text = (
+            f"{counts} compared{where}: no difference is exact enough to tell a right gradient from a wrong one{kinks}"
+        )
+        return Finding("", "not checked", counts, text, details=details)
+    return Finding("", figure=f"{counts}, {excess:.2f} of the error bar{kinks}", details=details)
 
 
 def mistaken(subject: Subject, inputs: Inputs, i: int, weights: Tensor) -> dict[str, Tensor]:
@@ -211,6 +240,21 @@ def slack(subject: Subject, *values: Tensor) -> float:
     return 1e4 * torch.finfo(subject.exact).eps * max(size, 1.0)  # incoming gradients are near 1
 
 
+def magnitude(subject: Subject, inputs: Inputs) -> float:
+    """Σ|v·y|: ε of it is about the rounding error of <J'v, w>, also where the outputs are flat and J'v is next to 0."""
+    with torch.no_grad():
+        outputs = subject.call(*inputs)
+    return sum(
+        float((y * v).nan_to_num(0, 0, 0).abs().sum()) for y, v in zip(outputs, subject.incoming(outputs), strict=True)
+    )
+
+
+def floor(subject: Subject, inputs: Inputs) -> float:
+    """What ε is relative to at least in an output's rounding: one next to 0 may be what is left of larger numbers."""
+    sizes = [float(inputs[i].nan_to_num(0, 0, 0).abs().max()) for i in subject.wrt if inputs[i].numel()]
+    return min(1.0, max(sizes, default=1.0))
+
+
 def directions(subject: Subject, inputs: Inputs) -> list[Tensor]:
     return [normal(inputs[i], 11 + i) for i in subject.wrt]
 
@@ -226,7 +270,8 @@ def along_all(subject: Subject, inputs: Inputs, u: Sequence[Tensor]) -> Slopes:
             return flat(subject.call(*moved))
 
     zero = torch.zeros((), dtype=subject.exact, device=u[0].device)
-    return slopes_along(f, zero, torch.ones_like(zero))
+    scale = least_scale([inputs[i] for i in subject.wrt], u)
+    return slopes_along(f, zero, torch.ones_like(zero), scale, floor(subject, inputs))
 
 
 def unsupported(what: str, error: Exception) -> Finding:

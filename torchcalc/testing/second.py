@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare, regions
-from torchcalc.testing.differences import Slopes, element_slopes, slopes_along
+from torchcalc.testing.differences import Slopes, element_slopes, least_scale, slopes_along
 from torchcalc.testing.numeric import (
     Inputs,
     along_all,
     chosen,
     directions,
     flat,
+    magnitude,
     need_derivatives,
     need_the_same_draws,
     quick,
@@ -46,7 +47,7 @@ def second_slopes(subject: Subject, inputs: Inputs, w: Sequence[Tensor], i: int,
     def f(x: Tensor) -> Tensor:
         return scalar_slope(subject, [*inputs[:i], x, *inputs[i + 1 :]], w)[0].detach().reshape(1)
 
-    return element_slopes(f, inputs[i], inputs[i].new_ones(1), indices)
+    return element_slopes(f, inputs[i], inputs[i].new_ones(1), indices, magnitude(subject, inputs))
 
 
 def second_order(
@@ -62,7 +63,8 @@ def second_order(
         return scalar_slope(subject, at, w)[0].detach().reshape(1)
 
     zero = inputs[subject.wrt[0]].new_zeros(())
-    slope = slopes_along(moved, zero, torch.ones_like(zero))
+    scale = least_scale([inputs[i] for i in subject.wrt], u)
+    slope = slopes_along(moved, zero, torch.ones_like(zero), scale, magnitude(subject, inputs))
     gap = (dot(hessian_products, u, zero) - slope.value).abs()
     if bool((slope.usable & (gap <= tolerance(slope))).all()):
         return Finding("", figure=how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -23,14 +24,23 @@ def backend(owner: Any, name: str) -> Setting:
     return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
 
 
+PATCHABLE = [
+    (owner, name)
+    for owner in (torch, torch.nn.functional)
+    for name, f in list(vars(owner).items())
+    if inspect.isroutine(f) and not name.startswith("_")
+]
 SETTINGS: dict[str, Setting] = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "the default device": (torch.get_default_device, lambda value: None),
+    "the default device": (
+        torch.get_default_device,
+        lambda value: torch.set_default_device(None if value.type == "cpu" else value),
+    ),
     "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "inference mode": (torch.is_inference_mode_enabled, lambda value: None),
     "deterministic algorithms": (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+        lambda value: torch._C._set_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
     "anomaly detection": (
         lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
@@ -51,27 +61,49 @@ SETTINGS: dict[str, Setting] = {
     "torch.backends.cudnn.allow_tf32": backend(torch.backends.cudnn, "allow_tf32"),
     "the garbage collector": (gc.isenabled, lambda value: gc.enable() if value else gc.disable()),
     "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
-    "hooks of all modules": (
-        lambda: tuple(
-            len(hooks) for name, hooks in sorted(vars(nn.modules.module).items()) if is_global_hook(name, hooks)
-        ),
-        lambda value: None,
+    "hooks of all modules": (lambda: module_hooks(), lambda value: set_module_hooks(value)),
+    "functions of torch": (
+        lambda: [getattr(owner, name, None) for owner, name in PATCHABLE],
+        lambda value: patch(value),
     ),
-    "the function and dispatch modes": (
-        lambda: (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
-        lambda value: None,
-    ),
-    "the hooks of saved tensors": (lambda: saved_hooks(), lambda value: None),
+    "the function modes": (torch._C._len_torch_function_stack, lambda value: pop_modes(value)),
+    "the hooks of saved tensors": (lambda: saved_hooks(), lambda value: set_saved_hooks(value)),
 }
 
 
-def is_global_hook(name: str, hooks: Any) -> bool:
-    return name.startswith("_global_") and isinstance(hooks, dict)
+def patch(value: list[Any]) -> None:
+    for (owner, name), f in zip(PATCHABLE, value, strict=True):
+        setattr(owner, name, f)
 
 
-def saved_hooks() -> bool:
-    """Whether default hooks of saved tensors are installed."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+def module_hooks() -> dict[str, dict[Any, Any]]:
+    return {
+        name: dict(hooks)
+        for name, hooks in vars(nn.modules.module).items()
+        if name.startswith("_global_") and isinstance(hooks, dict)
+    }
+
+
+def set_module_hooks(value: dict[str, dict[Any, Any]]) -> None:
+    for name, hooks in value.items():
+        there = getattr(nn.modules.module, name)
+        there.clear()
+        there.update(hooks)
+
+
+def pop_modes(count: int) -> None:
+    while torch._C._len_torch_function_stack() > count:
+        torch._C._pop_torch_function_stack()
+
+
+def saved_hooks() -> Any:
+    """The default hooks of saved tensors, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def set_saved_hooks(value: Any) -> None:
+    while saved_hooks() not in (None, value):
+        torch._C._autograd._pop_saved_tensors_default_hooks()
 
 
 def settings() -> dict[str, Any]:

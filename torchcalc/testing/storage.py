@@ -17,7 +17,7 @@ from torchcalc.testing.contract import agree
 from torchcalc.testing.numeric import need_derivatives, unsupported
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.subject import CLEAR, Subject, pull, same
+from torchcalc.testing.subject import CLEAR, Subject, pull, said, same
 
 
 @check("function", "mutation")
@@ -146,8 +146,11 @@ def kept_on_node(subject: Subject) -> Finding | None:
         size += x.numel() * x.element_size()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        outputs = subject.call(*subject.leaves(inputs, subject.wrt))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            outputs = subject.call(*subject.leaves(inputs, subject.wrt))
+    except CLEAR as error:  # torch.func inside of the function
+        return Finding("", figure=f"not counted: {said(error)}")
     floats = sum(x.numel() * x.element_size() for x in inputs if isinstance(x, Tensor))
     ratio = size / max(floats, 1)
     hidden = [
@@ -173,6 +176,11 @@ def kept_on_node(subject: Subject) -> Finding | None:
 
 def vars_of(node: Any) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in getattr(node, "__dict__", {}).items() if not k.startswith("_")]
+
+
+def custom(outputs: Sequence[Tensor]) -> bool:
+    """Whether a custom Function is in the graph; without one, the derivatives are torch's own."""
+    return any(True for _ in nodes(outputs))
 
 
 def nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
@@ -244,7 +252,10 @@ def gradient_metadata(subject: Subject) -> Finding | None:
     need_derivatives(subject)
     for dtype in (subject.exact, torch.float32):
         inputs = subject.floats(dtype)
-        _, grads = subject.gradients(inputs)
+        try:
+            _, grads = subject.gradients(inputs)
+        except CLEAR:  # not in that dtype; "dtypes" tells
+            continue
         for i, g in zip(subject.wrt, grads, strict=True):
             x = inputs[i]
             if g is None:
@@ -263,7 +274,7 @@ def gradient_metadata(subject: Subject) -> Finding | None:
 
 @check("function", "leaks")
 def leaks(subject: Subject) -> Finding | None:
-    """With the garbage collector off, outputs, inputs and gradients go with the last reference to them."""
+    """With the garbage collector off, outputs, inputs and gradients go at the next call, without a reference to them."""
     need_derivatives(subject)
     inputs = subject.floats()
     enabled = gc.isenabled()
@@ -275,6 +286,7 @@ def leaks(subject: Subject) -> Finding | None:
         alive += [(subject.label(i), weakref.ref(leaves[i])) for i in subject.wrt]
         grads: Any = pull(outputs, [leaves[i] for i in subject.wrt], subject.incoming(outputs))
         del outputs, leaves, grads
+        subject.call(*subject.leaves(inputs, subject.wrt))  # a module may hold the last call's, as nn.LSTM its weights
         left = [name for name, reference in alive if reference() is not None]
     finally:
         if enabled:

@@ -102,6 +102,8 @@ class Subject:
     handed: int = 0
     backward_at: str = ""  # file and line of the backward, as far as there is one
     device: torch.device | None = None
+    disturbed: tuple[str, ...] = ()  # global settings that the first calls changed
+    drifts: bool = False  # whether calls from one seed differ
 
     def fresh(self) -> Subject:
         """The same subject with inputs of its own."""
@@ -213,7 +215,15 @@ def pull(
     if not pairs or not leaves:
         return (None,) * len(leaves)
     ys, vs = zip(*pairs, strict=True)
-    grads = torch.autograd.grad(ys, leaves, vs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(ys, leaves, vs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error) or create_graph:
+            raise
+        torch.autograd.backward(ys, vs, retain_graph=True)  # reentrant checkpointing knows no other way
+        grads = tuple(x.grad for x in leaves)  # type: ignore[misc]
+        for x in leaves:
+            x.grad = None
     return tuple(None if g is None else dense(g) for g in grads)
 
 
@@ -302,6 +312,9 @@ def probe(subject: Subject) -> Subject:
     subject = replace(subject, kept=kept)
     first, second = subject.call(*subject.floats()), subject.call(*subject.floats())
     subject = replace(subject, random=not all(map(same, first, second)))
+    if subject.random:
+        first, second = subject.call(*subject.floats()), subject.call(*subject.floats())
+        subject = replace(subject, drifts=not all(map(same, first, second)))
     refused = {}
     for i in subject.wrt:
         try:

@@ -136,9 +136,11 @@ def class_weights(subject: Subject) -> Finding | None:
         each, double = loss(w, "none"), loss(2 * w, "none")
     except (*CLEAR, TypeError) as error:
         raise Skip(f"no class weights: {error}") from error
-    found = compare("mean with equal weights", equal, plain, slack(subject, plain), names=("weights 0.3", "no weights"))
-    if found is not None:
-        return replace(found, cause="mean is not over the weights", verdict="note")
+    unlike = compare(
+        "mean with equal weights", equal, plain, slack(subject, plain), names=("weights 0.3", "no weights")
+    )
+    if unlike is not None:
+        unlike = replace(unlike, cause="mean is not over the weights", verdict="note")
     found = compare(
         "loss with doubled weights", double, 2 * each, slack(subject, each), names=("doubled", "twice the loss")
     )
@@ -163,7 +165,7 @@ def class_weights(subject: Subject) -> Finding | None:
                 return replace(found, cause="weight of another class")
     weighted = subject.with_option(weight=w, reduction="mean")
     found = quick(weighted, inputs, " with class weights")
-    return found if found.verdict == "error" else None
+    return found if found.verdict == "error" else unlike
 
 
 @check("loss", "label smoothing")

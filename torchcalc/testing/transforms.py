@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from torchcalc.testing.contract import agree
 from torchcalc.testing.diagnosis import compare
-from torchcalc.testing.differences import slopes_along
+from torchcalc.testing.differences import least_scale, slopes_along
 from torchcalc.testing.numeric import (
     Scalar,
+    magnitude,
     need_derivatives,
     need_the_same_draws,
     tolerance,
@@ -65,7 +66,7 @@ def func_jvp(subject: Subject) -> Finding | None:
         return unsupported("forward mode", error)
     grads = zeros_for_none(eager(call, xs), xs)
     expected = dot(grads, u, xs[0])
-    size = sum(float((g * d).abs().sum()) for g, d in zip(grads, u, strict=True))
+    size = sum(float((g * d).abs().sum()) for g, d in zip(grads, u, strict=True)) + magnitude(subject, subject.floats())
     if abs(float(slope - expected)) <= 1e4 * torch.finfo(subject.exact).eps * size:
         return None
     zero = float(slope) == 0
@@ -92,7 +93,11 @@ def hessian(subject: Subject) -> Finding | None:
     u, w = normal(x, 41), normal(x, 43)
     try:
         slope = slopes_along(
-            lambda t: dot(eager(call, [x + t * u]), [w], x).reshape(1), x.new_zeros(()), x.new_ones(())
+            lambda t: dot(eager(call, [x + t * u]), [w], x).reshape(1),
+            x.new_zeros(()),
+            x.new_ones(()),
+            least_scale([x], [u]),
+            magnitude(subject, inputs),
         )
     except CLEAR as error:
         return unsupported("second derivative", error)
@@ -106,7 +111,8 @@ def hessian(subject: Subject) -> Finding | None:
         forward = torch.func.hessian(call)(x)
     except CLEAR as error:
         return unsupported("torch.func.hessian", error)
-    return agree(part, "differentiated", [forward], [reverse], ("func.hessian", "autograd.functional.hessian"))
+    finite = torch.where(reverse.isfinite(), forward, reverse)  # at a kink either may be NaN
+    return agree(part, "differentiated", [finite], [reverse], ("func.hessian", "autograd.functional.hessian"))
 
 
 def batchable(subject: Subject) -> None:
@@ -207,8 +213,11 @@ def checkpointed(subject: Subject) -> Finding | None:
     inputs = subject.floats()
     _, expected = subject.gradients(inputs)
     leaves = subject.leaves(inputs, subject.wrt)
-    outputs = checkpoint(subject.call, *leaves, use_reentrant=False)
-    grads = pull(outputs, [leaves[i] for i in subject.wrt], subject.incoming(outputs))
+    try:
+        outputs = checkpoint(subject.call, *leaves, use_reentrant=False)
+        grads = pull(outputs, [leaves[i] for i in subject.wrt], subject.incoming(outputs))
+    except CLEAR as error:
+        return unsupported("checkpointing", error)
     return agree(subject, "checkpointed", grads, expected, ("checkpointed", "plain"), "differs under checkpointing")
 
 
