@@ -30,7 +30,7 @@ Reference: Ridders 1982, doi:10.1016/S0141-1195(82)80057-0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,10 +73,12 @@ class Slopes:
         What is no kink to either of them is none.
         """
         take = (other.error < self.error) | (self.kink & ~other.kink & other.error.isfinite())
-        contradict = (self.value - other.value).abs() > 10 * (self.error + other.error)
+        contradict = (self.value - other.value).abs() > 3 * (self.error + other.error)
         take = torch.where(contradict & ~self.kink & ~other.kink, other.step < self.step, take)
-        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
-        return Slopes(*(torch.where(take, b, a) for a, b in pairs))
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__}
+        found = Slopes(**{name: torch.where(take, b, a) for name, (a, b) in pairs.items()})
+        sharp = contradict & ~take & other.kink & (other.step < self.step)  # longer steps have overlooked it
+        return replace(found, kink=found.kink | sharp)
 
 
 def halving(largest: float, least: float) -> list[float]:

@@ -252,7 +252,7 @@ def magnitude(subject: Subject, inputs: Inputs) -> float:
 def floor(subject: Subject, inputs: Inputs) -> float:
     """What ε is relative to at least in an output's rounding: one next to 0 may be what is left of larger numbers."""
     sizes = [float(inputs[i].nan_to_num(0, 0, 0).abs().max()) for i in subject.wrt if inputs[i].numel()]
-    return min(1.0, max(sizes, default=1.0))
+    return max(sizes, default=1.0)
 
 
 def directions(subject: Subject, inputs: Inputs) -> list[Tensor]:
