@@ -7,10 +7,8 @@ only the outputs that carry a derivative are looked at. Everything drawn comes f
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from torchcalc.testing.handed import backward_of, is_float, module_call, name_of, parameters_of, refuse
+
 __all__ = ["Subject", "is_float", "make_subject", "name_of", "normal"]
 
 Call = Callable[..., Any]
@@ -28,10 +28,6 @@ Tensors = tuple[Tensor, ...]
 CLEAR = (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 CALLERS_DEVICE: ContextVar[torch.device | None] = ContextVar("CALLERS_DEVICE", default=None)
-
-
-def is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def dense(x: Tensor) -> Tensor:
@@ -49,22 +45,6 @@ def normal(like: Tensor, seed: int) -> Tensor:
     size = torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
     sign = torch.randint(2, like.shape, generator=generator, device="cpu") * 2 - 1
     return (size * sign).to(like.device, like.dtype)
-
-
-def name_of(fn: Any) -> str:
-    """
-    >>> name_of(partial(torch.nn.functional.gelu, approximate="tanh"))
-    "gelu(approximate='tanh')"
-    """
-    if isinstance(fn, partial):
-        options = [repr(a) for a in fn.args] + [f"{k}={v!r}" for k, v in fn.keywords.items()]
-        return f"{name_of(fn.func)}({', '.join(options)})"
-    if isinstance(fn, nn.Module):
-        return repr(fn).partition("\n")[0]
-    owner = getattr(fn, "__self__", None)
-    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
-        return f"{owner.__name__}.apply"
-    return getattr(fn, "__name__", None) or type(fn).__name__
 
 
 @dataclass(frozen=True)
@@ -193,13 +173,6 @@ class Subject:
         return replace(self, fn=call)
 
 
-def parameters_of(fn: Any) -> dict[str, inspect.Parameter]:
-    try:
-        return dict(inspect.signature(fn).parameters)
-    except (TypeError, ValueError):
-        return {}
-
-
 def reseed(inputs: Sequence[Any]) -> None:
     """Seed the generators that a call may draw from; the caller of the checks gets them back as they were."""
     torch.default_generator.manual_seed(0)  # torch.manual_seed asks every backend, slowly
@@ -267,40 +240,6 @@ def make_subject(
     return probe(subject)
 
 
-def refuse(i: int, x: Tensor) -> None:
-    """Raise ValueError for an input on which no derivative can be checked."""
-    if x.is_meta:
-        raise ValueError(f"input {i} is on the device meta and has no values; make it with device='cpu'")
-    if x.layout != torch.strided:
-        raise ValueError(
-            f"input {i} is sparse ({str(x.layout).removeprefix('torch.')}), and derivatives are checked element by "
-            "element of dense inputs; give a function of its values, such as "
-            "lambda values: fn(torch.sparse_coo_tensor(indices, values, size))"
-        )
-    if isinstance(x, torch.distributed.tensor.DTensor) if "torch.distributed.tensor" in sys.modules else False:
-        raise ValueError(
-            f"input {i} is a DTensor, of which each process holds a part; check a function of the local tensors, such "
-            "as lambda local: fn(DTensor.from_local(local, mesh, placements)).to_local()"
-        )
-
-
-def module_call(module: nn.Module, count: int) -> Call:
-    """The module as a function of its inputs and parameters; its buffers are copied at each call."""
-    names = [n for n, _ in module.named_parameters()]
-
-    def call(*inputs: Any) -> Any:
-        dtype = next((x.dtype for x in inputs if is_float(x)), torch.float32)
-        buffers = {
-            n: b.to(dtype, copy=True) if is_float(b) and is_float(inputs[0]) else b.clone()
-            for n, b in module.named_buffers()
-        }
-        state = {**buffers, **dict(zip(names, inputs[count:], strict=True))}
-        return torch.func.functional_call(module, state, inputs[:count])
-
-    call.__name__ = name_of(module)
-    return call
-
-
 def probe(subject: Subject) -> Subject:
     """Fill in what only calling tells: exact, random, kept, refused."""
     try:
@@ -325,30 +264,6 @@ def probe(subject: Subject) -> Subject:
     outputs = subject.call(*subject.leaves(subject.floats(), wrt))
     carrying = tuple(i for i in kept if outputs[i].requires_grad)
     return replace(subject, wrt=wrt, refused=refused, kept=carrying or kept, backward_at=backward_of(outputs))
-
-
-def backward_of(outputs: Sequence[Tensor]) -> str:
-    """Where the first backward in Python stands that the graph of the outputs comes to: "X.backward, file.py:12"."""
-    nodes, seen = [y.grad_fn for y in outputs if y.grad_fn is not None], 0
-    while nodes and seen < 1000:
-        node, seen = nodes.pop(0), seen + 1
-        function = getattr(type(node), "_forward_cls", None)
-        if function is not None:
-            method = vars(function).get("backward") or vars(function).get("vjp") or function.backward
-            with suppress(TypeError, OSError, AttributeError):
-                code = inspect.unwrap(getattr(method, "__func__", method)).__code__
-                if f"{torch.__path__[0]}/" not in code.co_filename:
-                    return f"{function.__name__}.backward, {code.co_filename}:{code.co_firstlineno}"
-        nodes += [n for n, _ in node.next_functions if n is not None]
-    return ""
-
-
-def opaque(fn: Any) -> str:
-    """What the function is, if torch drops forward mode in it without a word; empty if not."""
-    if hasattr(fn, "_torchdynamo_orig_callable"):
-        return "a compiled function"
-    kinds = (torch._library.custom_ops.CustomOpDef, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-    return "an operator of torch.library" if isinstance(fn, kinds) else ""
 
 
 def raw(subject: Subject) -> Any:
