@@ -121,6 +121,7 @@ def test_the_report_says_what_is_wrong_first() -> None:
         (
             Finding("a"),
             Finding("b", "note", "weak", "it is weak\nand more"),
+            Finding("i", "note", "weak", "it is weak\nand more"),
             Finding("c", "skipped", diagnosis="not here"),
             Finding("d", "error", "1", "word " * 200, "a cause"),
             Finding("e", "not checked", diagnosis="no time"),
@@ -129,11 +130,11 @@ def test_the_report_says_what_is_wrong_first() -> None:
         ),
     )
     lines = str(report).splitlines()
-    assert lines[0] == "f: 1 error, 1 note, 2 held, 2 not checked, 1 without application"
+    assert lines[0] == "f: 1 error, 2 notes, 2 held, 2 not checked, 1 without application"
     assert lines[1] == "  ERROR  d: 1 [a cause]"
     assert lines[5].endswith(" ...")
     assert lines[6:] == [
-        "  note   b: weak",
+        "  note   b, i: weak",
         "         it is weak",
         "  held: a, h",
         "  not checked: e, g: no time",

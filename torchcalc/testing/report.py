@@ -11,7 +11,6 @@ from typing import Any, Literal
 __all__ = ["Finding", "Report", "Verdict"]
 
 Verdict = Literal["ok", "error", "note", "skipped", "not checked"]
-SYMBOLS = {"ok": "ok", "error": "ERROR", "note": "note", "skipped": "-", "not checked": "?"}
 WIDTH = 120
 
 
@@ -82,12 +81,17 @@ class Report:
 
     def __str__(self) -> str:
         """One screen: what is wrong first, then what is weak, what held, and what was not checked, with the reason."""
-        lines = [f"{self.subject}: {self.verdict()}"]
-        for f in (*self.errors, *self.notes):
-            cause = f" [{f.cause}]" if f.cause else ""
-            lines.append(f"  {SYMBOLS[f.verdict]:<6} {f.check}: {f.figure}{cause}")
-            said, most = (f.diagnosis.splitlines(), 4) if f.verdict == "error" else (f.diagnosis.splitlines()[:1], 2)
-            lines += [f"         {line}" for text in said for line in _wrapped(text, most)]
+        places = {str(f.details.get("backward", "")) for f in self.errors}
+        place = places.pop() if len(places) == 1 else ""  # said once, not beside every error
+        lines = [f"{self.subject}: {self.verdict()}", *([f"  {place}"] if place else [])]
+        for f in self.errors:
+            lines += _entry("ERROR", f.check, f, f.diagnosis.removesuffix(f"\n{place}").splitlines(), 4)
+        alike: dict[str, list[Finding]] = {}
+        for f in self.notes:
+            alike.setdefault(f.diagnosis, []).append(f)
+        for first, *others in alike.values():
+            names = ", ".join(f.check for f in (first, *others))
+            lines += _entry("note", names, first, first.diagnosis.splitlines()[:1], 2)
         lines += _listed("held", ", ".join(f.check for f in self if f.verdict == "ok"))
         for verdict, title in (("not checked", "not checked"), ("skipped", "does not apply")):
             reasons: dict[str, list[str]] = {}
@@ -120,6 +124,13 @@ class Report:
         """Raise AssertionError with the table as its message, if there are errors."""
         if not self:
             raise AssertionError(str(self))
+
+
+def _entry(symbol: str, names: str, f: Finding, said: list[str], most: int) -> list[str]:
+    """An error or a note, with so many lines of each paragraph of its diagnosis."""
+    cause = f" [{f.cause}]" if f.cause else ""
+    lines = [f"  {symbol:<6} {names}: {f.figure}{cause}"]
+    return lines + [f"         {line}" for text in said for line in _wrapped(text, most)]
 
 
 def _wrapped(text: str, most: int) -> list[str]:

@@ -205,6 +205,7 @@ def _child(job: Job, checks: Sequence[Check], until: float, pipe: Connection, tr
     import resource  # of Unix, as fork is
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no file of gigabytes for what is found here
+    faulthandler.disable()  # where it was enabled, others may have taken its signals since
     faulthandler.enable(trace, all_threads=False)
     torch.set_num_threads(1)  # OpenMP's threads do not come through a fork
 
