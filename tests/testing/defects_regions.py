@@ -149,6 +149,7 @@ UPSTREAMS = [
            ""),
     Defect("ones are taken for a mean", upstream(lambda g: g / g.numel() if (g == 1).all() else g), (x,), "upstream sizes",
            f"{UPSTREAM}one that is 1 throughout"),
+    Defect("flushed below 1e-25", upstream(lambda g: torch.where(g.abs() < 1e-25, 0, g)), (x,), "upstream sizes", UPSTREAM),
     Defect("zeros end it", upstream(lambda g: g * 0 if (g == 0).any() else g), (x,), "upstream sizes", UPSTREAM),
     Defect(
         "small ones beside large ones", upstream(lambda g: torch.where(g.abs() < 1e-4 * g.abs().max(), 0, g)), (x,),
@@ -159,6 +160,10 @@ UPSTREAMS = [
 
 SPECIAL = [
     Defect("third derivative zero", Zeroed.apply, (x,), "third derivative", "third derivative"),
+    Defect("one row", function(torch.square, lambda g, a: 2 * g * a * (1.5 if a.shape[0] == 1 else 1)), (x,),
+           "numbers of rows", "wrong for 1 row: constant ratio 1.5"),
+    Defect("many rows", function(torch.square, lambda g, a: 2 * g * a * (a.shape[0] < 65)), (x,),
+           "numbers of rows", "wrong for 67 rows: silently zero"),
     Defect("NaN spreads by a guard", function(torch.square, nan_guard), (x,), "rows of NaN", "NaN in one row of the input"),
     Defect("NaN spreads by a maximum", function(torch.square, batch_scale), (x,), "rows of NaN", "NaN in one row of the input"),
     Defect(

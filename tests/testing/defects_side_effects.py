@@ -135,6 +135,7 @@ DEFECTS_BESIDE = [
     d("a tensor that grows", a_longer_tensor(), "grows a container"),
     d("buffer of a class", Buffered.apply, "returns its own buffer as gradient"),
     d("buffer of a closure", buffer_of_closure(), "returns its own buffer as gradient"),
+    d("eval mode", Module(lambda m, a: m.eval()), "changes train mode"),
     d("patches torch", doing(lambda a: setattr(torch, "sinh", torch.cosh)), "changes functions of torch"),
     d("another's gradient", in_backward(write_grad), "writes .grad"),
     d("hook on the input", doing(hook), "leaves hooks"),

@@ -28,6 +28,13 @@ def class_rows(subject: Subject) -> tuple[list[Any], int, int, int]:
         raise Skip("no rows of logits with a class each")
     if int(inputs[t].max()) >= x.shape[1]:
         raise Skip("the targets are not the classes of the logits")
+    one = [x[:1] if isinstance(x, Tensor) and x.shape[:1] == inputs[t].shape[:1] else x for x in inputs]
+    try:
+        first, second = (value(subject, replaced(one, t, torch.full_like(one[t], k))) for k in (0, 1))
+    except CLEAR as error:
+        raise Skip(f"one row is refused: {said(error)}") from error
+    if torch.equal(first, second):
+        raise Skip("the loss of one row does not depend on its target")  # contrastive: labels of groups
     return inputs, i, t, x.shape[1]
 
 

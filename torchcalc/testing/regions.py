@@ -12,7 +12,6 @@ broken most are compared with differences.
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,8 @@ from torchcalc.testing.differences import NEAREST, Slopes, slopes_along
 from torchcalc.testing.layouts import alike
 from torchcalc.testing.numeric import along_all, first_order, flat, need_derivatives, replaced, slack, tolerance
 from torchcalc.testing.registry import Skip, check
-from torchcalc.testing.report import Finding
+from torchcalc.testing.report import Finding, Verdict
+from torchcalc.testing.storage import of_torch
 from torchcalc.testing.subject import CLEAR, Subject, dot, is_float, normal
 
 SCALES = (1e-8, 1e-5, 1e-3, 0.03, 0.25, 2.0, 5.0, -5.0, 20.0, 100.0, -1e3, 1e5)
@@ -96,10 +96,11 @@ def glance(subject: Subject, inputs: Sequence[Any], where: str) -> Finding:
     if abs(float(actual - expected)) <= allowed:
         return Finding("")
     found = first_order(subject, inputs, where)
+    verdict: Verdict = "note" if of_torch(subject.given) else "error"
     if found.verdict == "error":
-        return found
+        return replace(found, verdict=verdict)
     text = f"the slope along a direction{where}: analytic {float(actual):.10g}, numeric {float(expected):.10g}"
-    return Finding("", "error", f"{abs(float(actual - expected)):.1e} of {allowed:.1e} allowed", text)
+    return Finding("", verdict, f"{abs(float(actual - expected)):.1e} of {allowed:.1e} allowed", text)
 
 
 def handed(subject: Subject) -> tuple[int, ...]:
@@ -259,7 +260,7 @@ def on_grid(subject: Subject, inputs: Sequence[Any], i: int) -> Finding:
     where = interval(x, bad, use)
     inside = pattern(grad[bad], value[bad], allowed[bad]) if bool(grad[bad].isfinite().all()) else "not finite"
     cause = f"only {where}" + (f": {inside}" if inside else "") if where else inside
-    return Finding("", "note" if inspect.isbuiltin(subject.given) else "error", figure, text, cause, details)
+    return Finding("", "note" if of_torch(subject.given) else "error", figure, text, cause, details)
 
 
 def each_slope(subject: Subject, at: Sequence[Any], i: int, outputs: int) -> Slopes:

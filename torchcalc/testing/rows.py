@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from torchcalc.testing.numeric import chosen, flat, need_derivatives, of_input, 
 from torchcalc.testing.regions import handed
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import custom
+from torchcalc.testing.storage import custom, of_torch
 from torchcalc.testing.subject import CLEAR, Subject, normal, said
 
 
@@ -35,27 +34,36 @@ def rest(x: Tensor, k: int) -> Tensor:
     return torch.cat([x[:k], x[k + 1 :]])
 
 
-@check("function", "rows of NaN")
-def rows_of_nan(subject: Subject) -> Finding | None:
-    """Where rows are independent of each other, NaN in one of them, or in its grad_output, stays there."""
+def independent(
+    subject: Subject, inputs: Sequence[Any]
+) -> tuple[int, tuple[int, ...], list[int], tuple[Tensor, ...], Tensor]:
+    """(rows, inputs and outputs that have so many, outputs, the first one's gradient), where no row depends on another."""
     need_derivatives(subject)
     if subject.random:
         raise Skip("random")
-    inputs = subject.floats()
     n, rows = batched(subject, inputs)
     i = rows[0]
     outputs, (grad,) = subject.gradients(inputs, (i,))
     each = [k for k, y in enumerate(outputs) if y.dim() and y.shape[0] == n]
     if grad is None or not each:
         raise Skip("no output has a row for each of the input")
-    other: Tensor | None
     for k in (0, n - 1):  # both, for a causal mask makes one of them independent
         moved = inputs[i].clone()
-        moved[k] = moved[k] * 0.75 + 0.1
+        moved[k] = normal(moved[k], 97)
         others, (other,) = subject.gradients(replaced(inputs, i, moved), (i,))
         pairs = [*((outputs[j], others[j]) for j in each), (grad, other)]
         if any(b is None or ((rest(a, k) - rest(b, k)).abs() > slack(subject, a)).any() for a, b in pairs):
             raise Skip("rows depend on each other")
+    return n, rows, each, outputs, grad
+
+
+@check("function", "rows of NaN")
+def rows_of_nan(subject: Subject) -> Finding | None:
+    """Where rows are independent of each other, NaN in one of them, or in its grad_output, stays there."""
+    inputs = subject.floats()
+    n, rows, each, outputs, grad = independent(subject, inputs)
+    i = rows[0]
+    other: Tensor | None
     for k, where in itertools.product((0, n - 1), ("the input", "grad_output")):
         poisoned = inputs[i].clone()
         incoming = [v.clone() for v in subject.incoming(outputs)]
@@ -84,6 +92,33 @@ def rows_of_nan(subject: Subject) -> Finding | None:
     return Finding("", figure=f"{n} rows")
 
 
+@check("function", "numbers of rows")
+def numbers_of_rows(subject: Subject) -> Finding | None:
+    """Where rows are independent of each other, one row, or many times as many, get what they get in the example."""
+    inputs = subject.floats()
+    n, rows, each, outputs, grad = independent(subject, inputs)
+    if len(each) < len(outputs):
+        raise Skip("not every output has a row for each of the input")
+    v = subject.incoming(outputs)
+    for count in (1, 2 * n + 1, 67):
+        index = torch.arange(count, device=grad.device) % n
+        many = [x.index_select(0, index) if k in rows else x for k, x in enumerate(inputs)]
+        try:
+            values, (got,) = subject.gradients(many, rows[:1], incoming=[w.index_select(0, index) for w in v])
+        except CLEAR:
+            continue
+        cause, names = f"wrong for {count} row{'s' * (count > 1)}", (f"of {count} rows", "of the example's")
+        expected = [
+            *((f"output {k}", values[k], outputs[k]) for k in each),
+            (f"gradient of {subject.label(rows[0])}", got, grad),
+        ]
+        for what, a, b in expected:
+            found = compare(what, a, b.index_select(0, index), slack(subject, b), names=names)
+            if found is not None:
+                return replace(found, cause=cause + (f": {found.cause}" if found.cause else ""))
+    return Finding("", figure=f"1 to {max(67, 2 * n + 1)} rows")
+
+
 @check("function", "zeros")
 def zeros(subject: Subject) -> Finding | None:
     """Where an input is zero, or one row of it, the gradient is finite and between the one-sided slopes."""
@@ -95,7 +130,8 @@ def zeros(subject: Subject) -> Finding | None:
         if not x.numel():
             continue
         row = x.clone()
-        row[0] = 0
+        if x.dim():
+            row[0] = 0
         for where, at in (("zero", x * 0), ("zero in row 0", row)):
             if where != "zero" and (not x.dim() or x.shape[0] < 2):
                 continue
@@ -140,7 +176,7 @@ def at_point(subject: Subject, inputs: Sequence[Any], i: int, where: str) -> Fin
     if found is None:
         return Finding("")
     cause = "not finite" if not bool(grad[known].isfinite().all()) else found.cause
-    soft = inspect.isbuiltin(subject.given) or (cause == "not finite" and not custom(outputs))
+    soft = of_torch(subject.given) or (cause == "not finite" and not custom(outputs))
     return replace(
         found, verdict="note" if soft else found.verdict, cause=f"wrong {where}" + (f": {cause}" if cause else "")
     )

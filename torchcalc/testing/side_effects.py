@@ -50,7 +50,7 @@ def side_effects(subject: Subject) -> Finding | None:
     """A call leaves generators, global settings, containers, other gradients and hooks as they are."""
     need_derivatives(subject)
     with left_alone():
-        for look in (of_settings, of_generators, of_gradients, of_containers, of_buffers):
+        for look in (of_modes, of_settings, of_generators, of_gradients, of_containers, of_buffers):
             found = look(subject)
             if found is not None:
                 return found
@@ -59,6 +59,27 @@ def side_effects(subject: Subject) -> Finding | None:
 
 def error(text: str, cause: str, verdict: Any = "error") -> Finding:
     return Finding("", verdict, "", text, cause)
+
+
+def of_modes(subject: Subject) -> Finding | None:
+    """A call leaves train and eval mode as they are."""
+    if not isinstance(subject.given, nn.Module):
+        return None
+    parts = list(subject.given.modules())
+    before = [m.training for m in parts]
+    try:
+        for mode in (True, False):
+            for m in parts:
+                m.training = mode
+            once(subject)
+            if any(m.training != mode for m in parts):
+                return error(
+                    f"a call took a part of the module out of {'train' if mode else 'eval'} mode", "changes train mode"
+                )
+    finally:
+        for m, mode in zip(parts, before, strict=True):
+            m.training = mode
+    return None
 
 
 def of_settings(subject: Subject) -> Finding | None:

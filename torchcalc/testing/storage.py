@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -181,6 +182,16 @@ def vars_of(node: Any) -> list[tuple[str, Any]]:
 def custom(outputs: Sequence[Tensor]) -> bool:
     """Whether a custom Function is in the graph; without one, the derivatives are torch's own."""
     return any(True for _ in nodes(outputs))
+
+
+def of_torch(fn: Any) -> bool:
+    """Whether a callable is torch's own, whose mistakes are not the caller's."""
+    while hasattr(fn, "func"):
+        fn = fn.func
+    if inspect.isbuiltin(fn):
+        return True
+    module = type(fn).__module__ if isinstance(fn, torch.nn.Module) else getattr(fn, "__module__", None)
+    return (module or "").partition(".")[0] == "torch"
 
 
 def nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
