@@ -157,7 +157,7 @@ def test_every_path_is_within_one_ulp_a_step(
         optimizer = build(cls, copies, hyper, **options)
         for p, copied in zip(params, copies, strict=True):
             optimizer.state[copied] = {
-                key: (x.clone() if at == device else x.to(at)) if key in NUMBERS else x.to(at, to, copy=True)
+                key: x.to(at, copy=True) if key in NUMBERS else x.to(at, to, copy=True)
                 for key, x in warm.state[p].items()
             }
         run(optimizer, [[g.to(at, to) for g in step if g is not None] for step in grads])
