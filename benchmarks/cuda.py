@@ -160,7 +160,7 @@ def loss(name: str, bar: float, shape: Shape = (8192, 1024), dtype: torch.dtype 
     x = torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
     rest: list[Tensor] = [torch.rand_like(x)]
     if name == "cross_entropy":
-        rest = [torch.randint(shape[1], shape[:1], device="cuda")]
+        rest = [torch.randint(shape[1], (*shape[:1], *shape[2:]), device="cuda")]
     elif name == "gaussian_nll_loss":
         rest.append(rest[0] + 0.5)
     elif name == "binary_cross_entropy":
@@ -170,7 +170,7 @@ def loss(name: str, bar: float, shape: Shape = (8192, 1024), dtype: torch.dtype 
         return lambda: torch.autograd.grad(f(x, *rest), x)
 
     stock, mine = map(both, pair(name))
-    result = measure(f"{name} {shape[0]}x{shape[1]} {str(dtype)[6:]}", bar, stock, mine)
+    result = measure(f"{name} {'x'.join(map(str, shape))} {str(dtype)[6:]}", bar, stock, mine)
     if name == "cross_entropy":
         result.stock_mb, result.ours_mb = peak(stock), peak(mine)
     return result
@@ -401,7 +401,8 @@ def rows() -> list[tuple[str, Callable[[], Result]]]:
     table += [
         row("cross_entropy", loss, "cross_entropy", bar, shape, dtype)
         for bar, shape, dtype in (
-            (0.9, (32, 10), single), (1.0, (8192, 1024), single), (2.0, (8192, 50257), single), (1.6, (8192, 50257), half)
+            (0.9, (32, 10), single), (1.0, (8192, 1024), single), (2.0, (8192, 50257), single),
+            (1.6, (8192, 50257), half), (1.0, (8, 21, 512, 512), single), (1.0, (8, 21, 512, 512), half),
         )
     ]  # fmt: skip
     table += [row(name, head_loss, name, 1.0, *sizes) for name, sizes in HEADS.items()]

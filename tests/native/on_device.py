@@ -234,3 +234,46 @@ def test_attention_by_torchs_kernels(case: str, dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=32 * eps, atol=32 * eps * float(b.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "channels_last"),
+    [
+        *(((2, 5, 3), dtype, False) for dtype in DTYPES),
+        ((1, 3, 23, 25), torch.float32, False),
+        ((1, 21, 2, 5, 2), torch.bfloat16, False),
+        ((2, 5, 3, 2), torch.float32, True),
+    ],
+    ids=str,
+)
+def test_images(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> None:
+    """Classes that are not side by side, of fewer and more samples than a program has at hand; and those that are."""
+    x = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    t = torch.randint(shape[1], shape[:1] + shape[2:])
+    t.view(-1)[1::3] = -100
+    eps = torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 8)
+    for reduction, smoothing, weighted in (
+        ("none", 0.0, False),
+        ("mean", 0.0, True),
+        ("mean", 0.2, False),
+        ("none", 0.2, True),
+    ):
+        w = torch.linspace(0.1, 1, shape[1]).to(dtype) if weighted else None
+
+        def mine(x: Tensor, r: str = reduction, s: float = smoothing, w: Tensor | None = w) -> Tensor:
+            loss = _launched(x, t, w, -100, r, s, 0.01)
+            assert loss is not None
+            return loss
+
+        def right(x: Tensor, r: str = reduction, s: float = smoothing, w: Tensor | None = w) -> Tensor:
+            w = None if w is None else w.double()
+            losses = F.cross_entropy(x, t, w, reduction="none", label_smoothing=s)
+            losses = losses + 0.01 * torch.logsumexp(x, 1).square() * (t != -100)
+            share = (t != -100).double() if w is None else torch.where(t == -100, 0, w[t.clamp(min=0)])
+            return losses if r == "none" else losses.sum() / share.sum()
+
+        for a, b in zip(value_and_gradient(mine, x), value_and_gradient(right, x.double()), strict=True):
+            assert a.dtype == dtype and a.shape == b.shape
+            assert torch.allclose(a.double(), b, rtol=eps, atol=eps)
