@@ -189,7 +189,8 @@ def head_loss(name: str, bar: float, n: int, d: int, v: int, recompute: bool = F
         return torch.autograd.grad(ours.linear_cross_entropy(x, w, t, recompute=recompute, filter_eps=eps), (x, w))
 
     for a, b in zip(stock(), mine(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0.05, atol=5e-3 * float(a.abs().max()))
+        atol = 5e-3 * float(a.abs().max()) + eps / n * float(w.detach().norm(dim=1).max()) * 64
+        torch.testing.assert_close(a, b, rtol=0.05, atol=atol)
     result = measure(name, bar, stock, mine, rounds=6)
     gradients = (x.nbytes + w.nbytes) / 2**20
     result.stock_mb, result.ours_mb = peak(stock) - gradients, peak(mine) - gradients

@@ -164,7 +164,7 @@ def gradients(
             grad_b[here] = g.sum(0, dtype=lse.dtype).to(grad_b.dtype)
         rows, kept = w[here], None
         if filter_eps:
-            kept = (g.abs().amax(0) > limit).nonzero()[:, 0]  # waits for the device
+            kept = (torch.maximum(g.amax(0), -g.amin(0)) > limit).nonzero()[:, 0]  # waits for the device
             if 4 * len(kept) < 3 * len(rows):
                 g, rows = g[:, kept], rows[kept]
             else:  # a copy would cost what is saved

@@ -23,8 +23,8 @@ __all__ = ["Kept", "cross_entropy", "cross_entropy_gradient", "slopes_", "takes"
 
 #: The longest block of a row that one program has at hand.
 LONGEST = 4096
-#: Rows that the sum looks at together.
-TOGETHER = 1024
+#: Rows that the sum looks at together; and rows above which torch sums them, by many programs.
+TOGETHER, MOST_SUMMED = 1024, 1 << 15
 
 
 BY_ROW = ("none", "wide")
@@ -78,6 +78,11 @@ def cross_entropy(
         inverse.fill_(1)
         losses = losses.view(target.shape)
         return losses if reduction == "wide" else losses.to(x.dtype), Kept(statistics, inverse)
+    if rows > MOST_SUMMED:
+        counts = shares >= 0
+        n = torch.where(counts, shares, 0).sum(dtype=torch.float64) if reduction == "mean" else 1
+        inverse = torch.where(counts.any(), 1 / n, 1.0).to(wide).view(1) if reduction == "mean" else inverse.fill_(1)
+        return (losses.sum(dtype=torch.float64) * inverse[0]).to(x.dtype), Kept(statistics, inverse)
     out = torch.empty((), dtype=x.dtype, device=x.device)
     _sum(x.dtype).launch(x.device, 1, [losses, shares, out, inverse], (rows, int(reduction == "mean")))
     return out, Kept(statistics, inverse)
