@@ -34,7 +34,7 @@ OURS_ONLY = {
     "reglu": ["a", "b"],
     "linear_cross_entropy": [  # before torch 2.13
         "input", "linear_weight", "target", "linear_bias", "weight", "reduction", "ignore_index", "label_smoothing", "options",
-        "memory", "z_loss", "softcap", "token_weight", "normalizer", "metrics", "recompute",
+        "memory", "z_loss", "softcap", "token_weight", "normalizer", "metrics", "recompute", "filter_eps",
     ],
 }  # fmt: skip
 OURS_ONLY |= {"mlp": ["input", "weight1", "weight2", "bias1", "bias2", "activation", "recompute"]}
@@ -54,7 +54,16 @@ WITHOUT_A_ROW = {"dropout"}
 MORE = {
     "embedding": ["scale"],
     "cross_entropy": ["z_loss", "softcap", "token_weight", "normalizer"],
-    "linear_cross_entropy": ["memory", "z_loss", "softcap", "token_weight", "normalizer", "metrics", "recompute"],
+    "linear_cross_entropy": [
+        "memory",
+        "z_loss",
+        "softcap",
+        "token_weight",
+        "normalizer",
+        "metrics",
+        "recompute",
+        "filter_eps",
+    ],
 }
 
 

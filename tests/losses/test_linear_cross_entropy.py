@@ -116,6 +116,13 @@ def test_what_does_not_fit_is_refused():
     x, w, t = normal(2, 4), normal(3, 4), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"metrics=True with recompute=True"):
         linear_cross_entropy(x, w, t, metrics=True, recompute=True)
+    for how in (
+        dict(filter_eps=1e-3),
+        dict(filter_eps=-1, recompute=True),
+        dict(filter_eps=float("nan"), recompute=True),
+    ):
+        with pytest.raises(ValueError, match=r"filter_eps=.*only with recompute=True"):
+            linear_cross_entropy(x, w, t, **how)
     with pytest.raises(ValueError, match=r"memory=0: bytes for logits, > 0"):
         linear_cross_entropy(x, w, t, memory=0)
     refused = {
@@ -146,6 +153,45 @@ def test_the_module_shares_its_weight_with_an_embedding():
     embedding.weight.grad = None
     F.cross_entropy(F.linear(embedding(tokens), embedding.weight), target).backward()
     assert_close(mine, embedding.weight.grad)
+
+
+def test_what_is_kept_to_compute_again():
+    """No tensor of the classes' size but the weight; and second derivatives."""
+    x, w = (normal(*s).requires_grad_() for s in ((6, 4), (300, 4)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda a: kept.append(a) or a, lambda a: a):
+        loss = linear_cross_entropy(x, w, classes(6, high=300), recompute=True)
+    assert {a.numel() for a in kept if a.data_ptr() != w.data_ptr()} <= {6 * 4, 6, 1}
+    del loss
+    leaves = [a.detach().double().requires_grad_() for a in (x, w[:5])]
+    f = lambda x, w: linear_cross_entropy(x, w, classes(6, high=5), recompute=True)  # noqa: E731
+    assert torch.autograd.gradcheck(f, leaves)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("eps", [2**-12, 2**-6, 0.3])
+def test_classes_that_are_left_out(eps, dtype):
+    """The error of the gradients is within its bound, and not 0."""
+    samples, classes_, features = 12, 300, 8
+    x = (2 * normal(samples, features)).to(dtype).requires_grad_()
+    w = (2 * normal(classes_, features, seed=1)).to(dtype).requires_grad_()
+    t = classes(samples, high=classes_)
+    results = []
+    for filter_eps in (eps, 0.0):
+        how = dict(recompute=True, filter_eps=filter_eps, memory=64 * samples * x.element_size())
+        loss = linear_cross_entropy(x, w, t, **how)
+        results.append([g.double() for g in torch.autograd.grad(loss, (x, w))])
+    (mine_x, mine_w), (all_x, all_w) = results
+    left_out = (mine_w == 0).all(1)
+    share, rounding = 1 / samples, torch.finfo(dtype).eps
+    bound = eps * share * x.double().norm(dim=1).sum()
+    assert 0.2 < left_out.double().mean() < 1
+    assert ((mine_w - all_w).norm(dim=1)[left_out] <= bound).all()
+    assert_close(mine_w[~left_out], all_w[~left_out], rtol=4 * rounding, atol=1e-5)
+    error = (mine_x - all_x).norm(dim=1)
+    assert (error <= eps * share * w.double().norm(dim=1)[left_out].sum() + 8 * rounding * all_x.norm(dim=1)).all()
+    assert (mine_w - all_w).abs().max() > 0
 
 
 MEMORY = """

@@ -37,7 +37,8 @@ from torchcalc.activations import gelu, relu, sigmoid, silu, tanh
 from torchcalc.activations.glu import geglu, reglu, swiglu  # noqa: F401  which define the gates
 from torchcalc.autograd import Function
 from torchcalc.casts import cast
-from torchcalc.formula.launched import enter, whole_kernels
+from torchcalc.formula.launch import PLAIN
+from torchcalc.formula.launched import enter, is_observed, whole_kernels
 from torchcalc.formula.pointwise import FORMULAS, Formula, change
 from torchcalc.formula.pointwise import gradients as gradients_of
 from torchcalc.layers.linear import Linear, linear, samples
@@ -163,7 +164,7 @@ def linear_change(
 
 def block(x: Tensor, parts: Parts, name: str, recompute: bool) -> Tensor:
     """The block by the nodes' kernels, or by the Function."""
-    given: list[Tensor | None] = [x, *parts]
+    given: list[Any] = [x, *parts]
     if not torch.compiler.is_compiling():
         formula = FORMULAS[name]
         if (rows := kernels.rows()) is None:
@@ -172,8 +173,8 @@ def block(x: Tensor, parts: Parts, name: str, recompute: bool) -> Tensor:
             if autocasts(x):
                 low = torch.get_autocast_dtype(x.device.type)
                 given = [a if a is None or a.dtype == torch.float64 else cast(a, low) for a in given]
-            if gpu.takes(x.device) and given[0] is not None:
-                enter(formula, given[0].detach(), (), whole_kernels)
+            if gpu.takes(x.device) and type(x) in PLAIN and not is_observed():
+                enter(formula, given[0], (), whole_kernels)
             found: Tensor | None = rows.mlp(place, *given, recompute)
             if found is not None:
                 return found
@@ -185,7 +186,8 @@ def formula_of(activation: str, gated: bool) -> str:
     names = [known for known, (_, gate) in ACTIVATIONS.items() if gate or not gated]
     if activation not in names:
         raise ValueError(f"activation={activation!r} is not known; use one of {', '.join(map(repr, names))}")
-    name = ACTIVATIONS[activation][gated]
+    plain, gate = ACTIVATIONS[activation]
+    name = gate if gated else plain
     assert name is not None
     return name
 

@@ -13,7 +13,14 @@ and of the layer's (linear_cross_entropy.py) ∂L/∂W_v and ∂L/∂b_v belong 
 need no memory beside the gradient itself. ∂L/∂X is summed over the chunks. What is kept is one number a sample; what it costs
 is one matrix product more.
 
-Reference: Wijmans et al. 2024, "Cut your losses in large-vocabulary language models", arXiv:2411.09009, which keeps ℓ likewise.
+Most classes have a probability near 0 for every sample, and slopes below what bfloat16 resolves. With filter_eps = ε a class
+takes no part in the products of backward if its slopes (2), each times its sample's share in the loss, are at most ε·s in size,
+where s is the largest share (1/N for a mean). With D the classes that are left out the errors are bounded,
+
+    ‖Δ ∂L/∂W_v‖ ≤ ε·s·Σ_n ‖x_n‖  for v in D, else 0,   ‖Δ ∂L/∂x_n‖ ≤ ε·s·Σ_{v in D} ‖W_v‖.      (3)
+
+Reference: Wijmans et al. 2024, "Cut your losses in large-vocabulary language models", arXiv:2411.09009, which keeps ℓ and
+leaves out blocks likewise.
 """
 
 from __future__ import annotations
@@ -134,6 +141,7 @@ def slopes_(
 
 def gradients(
     x: Tensor, w: Tensor, b: Tensor | None, terms: Terms, lse: Tensor, share: Tensor, needed: Sequence[bool], chunk: int,
+    filter_eps: float,
 ) -> list[Tensor | None]:  # fmt: skip
     """Those of x, w, b that are needed, of Σ share·L."""
     samples = Samples(x, len(w), terms)
@@ -142,6 +150,7 @@ def gradients(
     own, flat = share * samples.own, None
     if samples.flat:
         flat = torch.where(samples.counts, share * samples.flat, 0)
+    limit = filter_eps * share.abs().amax()
     need_x, need_w, need_b = needed
     grad_x = torch.empty(x.shape, dtype=lse.dtype, device=x.device) if need_x else None
     grad_w = torch.empty_like(w) if need_w else None
@@ -151,12 +160,22 @@ def gradients(
         g = slopes_(z, lse, factor, own, terms.target - here.start, flat, weight)
         if terms.softcap is not None:
             g = uncap(g, uncapped, terms.softcap)
-        if grad_x is not None:
-            add_product_(grad_x, g, w[here], first=here.start == 0)
-        if grad_w is not None:
-            torch.mm(g.t(), x, out=grad_w[here])
         if grad_b is not None:
-            grad_b[here] = g.sum(0, dtype=lse.dtype).to(b.dtype) if b is not None else 0
+            grad_b[here] = g.sum(0, dtype=lse.dtype).to(grad_b.dtype)
+        rows, kept = w[here], None
+        if filter_eps:
+            kept = (torch.maximum(g.amax(0), -g.amin(0)) > limit).nonzero()[:, 0]  # waits for the device
+            if 4 * len(kept) < 3 * len(rows):
+                g, rows = g[:, kept], rows[kept]
+            else:  # a copy would cost what is saved
+                kept = None
+        if grad_x is not None:
+            add_product_(grad_x, g, rows, first=here.start == 0)
+        if grad_w is not None:
+            if kept is None:
+                torch.mm(g.t(), x, out=grad_w[here])
+            else:
+                grad_w[here].zero_().index_copy_(0, kept, g.t() @ x)
     return [None if grad_x is None else grad_x.to(x.dtype), grad_w, grad_b]
 
 
@@ -165,14 +184,15 @@ class ByClasses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, terms: Terms, chunk: int, dtype: torch.dtype
-    ) -> Tensor:
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, terms: Terms, dtype: torch.dtype, chunk: int, filter_eps: float
+    ) -> Tensor:  # fmt: skip
         target, weight, token_weight, given = terms[:4]
         u, found = shares(x, target, weight, terms.ignore_index, terms.reduction, token_weight, given)
         n = torch.as_tensor(found, device=x.device).double()
         losses, lse = losses_of(x, w, b, terms, chunk)
         ctx.save_for_backward(x, w, b, target, weight, token_weight, lse, n)
-        ctx.terms, ctx.chunk = terms._replace(target=None, class_weight=None, token_weight=None), chunk
+        ctx.terms = terms._replace(target=None, class_weight=None, token_weight=None)
+        ctx.how = chunk, filter_eps
         each = losses if u is None else losses * u
         return each.to(dtype, copy=True) if terms.reduction == "none" else (each.double().sum() / n).to(dtype)
 
@@ -182,7 +202,7 @@ class ByClasses(torch.autograd.Function):
         terms = ctx.terms._replace(target=target, class_weight=weight, token_weight=u)
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or type(g) not in PLAIN or not torch._C._has_storage(g):
-            return *gradients_of_definition(g, x, w, b, terms, needed), None, None, None
+            return *gradients_of_definition(g, x, w, b, terms, needed), None, None, None, None
         share = widen(g) if terms.reduction == "none" else g.double() / n
         share = share if u is None else share * u
-        return *gradients(x, w, b, terms, lse, share, needed, ctx.chunk), None, None, None
+        return *gradients(x, w, b, terms, lse, share, needed, *ctx.how), None, None, None, None

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/ops/_fused_sdp_choice.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention_backward.h>
 #include <ATen/ops/_scaled_dot_product_efficient_attention.h>
 #include <ATen/ops/_scaled_dot_product_efficient_attention_backward.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention.h>
@@ -19,7 +21,7 @@
 namespace {
 
 // torch's numbers for its kernels.
-enum class Fused : int64_t { flash = 1, efficient = 2 };
+enum class Fused : int64_t { flash = 1, efficient = 2, cudnn = 3 };
 
 constexpr int64_t widest = 16;  // numbers of torch's longest vectors
 
@@ -76,6 +78,10 @@ struct AttentionBackward : public KernelNode {
       return at::_scaled_dot_product_flash_attention_backward_symint(
           g, q, k, v, y, lse, cumulated_q, cumulated_k, longest_q, longest_k, 0.0, causal, seed, offset, scale);
     }
+    if (kernel == Fused::cudnn) {
+      return at::_scaled_dot_product_cudnn_attention_backward_symint(
+          g, q, k, v, y, lse, seed, offset, Tensor(), cumulated_q, cumulated_k, longest_q, longest_k, 0.0, causal, scale);
+    }
     auto [of_q, of_k, of_v, of_mask] = at::_scaled_dot_product_efficient_attention_backward(
         g, q, k, v, mask, y, lse, seed, offset, 0.0, {needs[0], needs[1], needs[2], false}, causal, scale);
     return {of_q, of_k, of_v};
@@ -108,9 +114,9 @@ std::optional<Tensor> attention(
                          (mask.requires_grad() && at::GradMode::is_enabled()) || mask.dim() < 2 || causal)) {
     return std::nullopt;
   }
-  const auto kernel =
-      static_cast<Fused>(at::_fused_sdp_choice(q, k, v, if_defined(mask), 0.0, causal, given, grouped));
-  if (kernel != Fused::flash && (kernel != Fused::efficient || q.is_cpu())) return std::nullopt;
+  auto kernel = static_cast<Fused>(at::_fused_sdp_choice(q, k, v, if_defined(mask), 0.0, causal, given, grouped));
+  if (kernel == Fused::cudnn && mask.defined()) kernel = Fused::efficient;
+  if (q.is_cpu() ? kernel != Fused::flash : kernel < Fused::flash || kernel > Fused::cudnn) return std::nullopt;
   const double scale = given ? *given : 1 / std::sqrt(static_cast<double>(q.size(3)));
   const bool recorded = torch::autograd::compute_requires_grad(q, k, v);
   auto node = recorded ? make_node<AttentionBackward>() : decltype(make_node<AttentionBackward>()){};
@@ -122,9 +128,10 @@ std::optional<Tensor> attention(
       std::tie(y, lse) = at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, if_defined(m), scale);
       // Of fewer keys than a vector holds the kernel takes a row of NaN for one that is masked, and returns 0.
       if (k.size(2) < widest) y.masked_fill_(q.sum(-1, true).isnan(), std::numeric_limits<double>::quiet_NaN());
-    } else if (kernel == Fused::flash) {
-      auto [out, sums, cumulated_q, cumulated_k, longest_q, longest_k, s, o, debug] =
-          at::_scaled_dot_product_flash_attention(q, k, v, 0.0, causal, false, scale);
+    } else if (kernel != Fused::efficient) {
+      auto [out, sums, cumulated_q, cumulated_k, longest_q, longest_k, s, o, debug] = kernel == Fused::flash
+          ? at::_scaled_dot_product_flash_attention(q, k, v, 0.0, causal, false, scale)
+          : at::_scaled_dot_product_cudnn_attention(q, k, v, std::nullopt, recorded, 0.0, causal, false, scale);
       y = out, lse = sums, seed = s, offset = o;
       if (recorded) {
         node->cumulated_q = cumulated_q, node->cumulated_k = cumulated_k;
