@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import functions, instruments, optimizers, report
+from benchmarks import functions, instruments, language, optimizers, report
 from benchmarks.harness import Row, measure
-from benchmarks.memory import available, measure_memory
+from benchmarks.memory import MemoryRow, available, measure_memory
 
 
 def main() -> int:
@@ -24,11 +24,12 @@ def main() -> int:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    rows = [
+    rows: list[Row | MemoryRow] = [
         *functions.rows(),
         *optimizers.rows(),
         *instruments.rows(),
-        *(optimizers.memory_rows() if available() else ()),
+        *language.rows(),
+        *((*optimizers.memory_rows(), *language.memory_rows()) if available() else ()),
     ]
     rows = [
         r for r in rows if not args.names or any(name in (r.name, r.group) or name in r.name for name in args.names)

@@ -21,7 +21,11 @@ Call = Callable[..., Tensor]
 ELSEWHERE: dict[str, Call] = {"square": torch.square, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 ELSEWHERE |= {"exp": torch.exp, "log": torch.log, "abs": torch.abs}
 ELSEWHERE |= {"softcap": lambda x, cap=30.0: cap * torch.tanh(x / cap)}
-ELSEWHERE |= {"swiglu": lambda a, b: F.silu(a) * b, "geglu": lambda a, b: F.gelu(a) * b}
+ELSEWHERE |= {
+    "swiglu": lambda a, b: F.silu(a) * b,
+    "geglu": lambda a, b: F.gelu(a) * b,
+    "reglu": lambda a, b: F.relu(a) * b,
+}
 
 UNARY = (
     "relu", "sigmoid", "tanh", "square", "gelu", "silu", "mish", "softplus", "elu", "leaky_relu", "logsigmoid", "exp",
@@ -37,6 +41,7 @@ FASTER = {
     "elu",
     "swiglu",
     "geglu",
+    "reglu",
     "softcap",
 }  # of which torch's backward, or torch itself, is composed
 #: Logits, and the ratio that is wanted.
@@ -65,7 +70,7 @@ def rows() -> Iterator[Row]:
             yield function_row(name, (size,), torch.float32)
         yield function_row(name, (SIZES[-1],), torch.bfloat16)
     yield function_row("gelu", (SIZES[-1],), torch.float32, " tanh", approximate="tanh")
-    for name in ("glu", "swiglu", "geglu"):
+    for name in ("glu", "swiglu", "geglu", "reglu"):
         yield function_row(name, (32,), torch.float32, inputs=2)
         yield function_row(name, (SIZES[-1],), torch.float32, inputs=2)
     for name in LOSSES:
@@ -86,6 +91,16 @@ def rows() -> Iterator[Row]:
             yield rows_row(name, shape)
     for norm in NORMS:
         yield norm_row(*norm)
+    for sizes in ((32, 16, 32), (4096, 512, 1408)):
+        for name in ("mlp", "gated_mlp"):
+            yield block_row(name, sizes)
+    for lengths in ((1, 2, 8, 16), (8, 6, 256, 64)):
+        yield attention_row(lengths)
+    for size in SIZES[::3]:
+        yield dropout_row(size)
+    for sizes in ((100, 16, 8), (8192, 384, 2048)):
+        for scale in (1.0, 2.0):
+            yield embedding_row(sizes, scale)
     yield compiled_row()
 
 
@@ -263,6 +278,67 @@ def norm_row(name: str, shape: tuple[int, ...], dtype: torch.dtype, target: floa
         against="torch's rms_norm of a sum" if inputs == 2 else f"torch's {name}",
         traffic=Traffic(size, reads=3, writes=2) if inputs == 1 and size > 1 << 20 else None, target=target,
         quick=shape[0] <= 32,
+    )  # fmt: skip
+
+
+def block_row(name: str, shape: tuple[int, ...]) -> Row:
+    """Samples, features, hidden features, without biases; torch's side is written with its operations."""
+    n, d, h = shape
+    weights = [(h, d), (h, d), (d, h)] if name == "gated_mlp" else [(h, d), (d, h)]
+
+    def stock(x: Tensor, *w: Tensor) -> Tensor:
+        if name == "gated_mlp":
+            return F.linear(F.silu(F.linear(x, w[0])) * F.linear(x, w[1]), w[2])
+        return F.linear(F.gelu(F.linear(x, w[0])), w[1])
+
+    return row(
+        named(name, shape, torch.float32), stock, getattr(ours, name),
+        lambda: [values((n, d), torch.float32), *(values(w, torch.float32, k) / w[1] ** 0.5 for k, w in enumerate(weights))],
+        torch.float32, torch.randn, against="torch's linear and activation",
+        target=0.9 if n <= 32 else 1.05 if name == "gated_mlp" else 0.97, quick=n <= 32,
+    )  # fmt: skip
+
+
+def attention_row(shape: tuple[int, ...]) -> Row:
+    """Batch, heads, length, features; causal. The kernel is torch's."""
+    stock, mine = pair("scaled_dot_product_attention", is_causal=True)
+    return row(
+        named("scaled_dot_product_attention", shape, torch.float32), stock, mine,
+        lambda: [values(shape, torch.float32, k) for k in range(3)], torch.float32, torch.randn,
+        against="torch's scaled_dot_product_attention", target=0.9 if shape[2] <= 32 else 0.97, quick=shape[2] <= 32,
+    )  # fmt: skip
+
+
+def dropout_row(size: int) -> Row:
+    """For the same random numbers."""
+
+    def seeded(f: Call) -> Call:
+        def call(x: Tensor) -> Tensor:
+            torch.manual_seed(0)
+            return f(x, 0.1)
+
+        return call
+
+    return row(
+        named("dropout", (size,), torch.float32), seeded(F.dropout), seeded(ours.dropout),
+        lambda: [values((size,), torch.float32)], torch.float32,
+        against="torch's dropout", target=0.9 if size <= 32 else 0.97, quick=size <= 32,
+    )  # fmt: skip
+
+
+def embedding_row(shape: tuple[int, ...], scale: float) -> Row:
+    """Rows, features, indices; with a scale torch multiplies afterwards."""
+    words, d, n = shape
+    index = torch.randint(words, (n,), generator=torch.Generator().manual_seed(1))
+
+    def stock(w: Tensor) -> Tensor:
+        y = F.embedding(index, w)
+        return y if scale == 1 else y * scale
+
+    return row(
+        named("embedding", shape, torch.float32, "" if scale == 1 else " scaled"), stock,
+        lambda w: ours.embedding(index, w, scale=scale), lambda: [values((words, d), torch.float32)], torch.float32,
+        torch.randn, against="torch's embedding", target=0.9 if n <= 32 else 0.97, quick=n <= 32,
     )  # fmt: skip
 
 

@@ -23,16 +23,20 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class MemoryRow:
-    """Something to measure: prepare() makes the inputs of either side; what a side returns is kept until it is measured."""
+    """Something to measure: prepare(side) makes the inputs; what a side returns is kept until it is measured.
+
+    kept: measure what is there after the call, and not the most that was.
+    """
 
     name: str
     against: str
-    prepare: Callable[[], Any]
+    prepare: Callable[[str], Any]
     stock: Callable[[Any], Any]
     ours: Callable[[Any], Any]
     target: float | None = None
     group: str = "memory"
     quick: bool = False
+    kept: bool = False
 
 
 def available() -> bool:
@@ -46,13 +50,13 @@ def _resident(mark: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_of(call: Callable[[Any], Any], inputs: Any) -> int:
-    """Bytes by which the process grew at most while ``call(inputs)`` ran."""
+def peak_of(call: Callable[[Any], Any], inputs: Any, kept: bool = False) -> int:
+    """Bytes by which the process grew at most while ``call(inputs)`` ran; or what of them is kept."""
     _RESET.write_text("5")  # proc(5): sets the mark to what is resident now
     before = _resident("VmRSS")
-    kept = call(inputs)
-    peak = _resident("VmHWM")
-    del kept
+    result = call(inputs)
+    peak = _resident("VmRSS" if kept else "VmHWM")
+    del result
     return peak - before
 
 
@@ -81,8 +85,9 @@ def measure_memory(row: MemoryRow, processes: int = 3) -> Result:
 
 
 if __name__ == "__main__":
-    from benchmarks import optimizers
+    from benchmarks import language, optimizers
 
     name, against, side = sys.argv[1:]
-    row = next(r for r in optimizers.memory_rows() if (r.name, r.against) == (name, against))
-    print(peak_of(getattr(row, side), row.prepare()))
+    rows = (*optimizers.memory_rows(), *language.memory_rows())
+    row = next(r for r in rows if (r.name, r.against) == (name, against))
+    print(peak_of(getattr(row, side), row.prepare(side), row.kept))

@@ -228,4 +228,4 @@ def memory_rows() -> Iterator[MemoryRow]:
         ("AdamW, large: peak memory", "AdamW(foreach=True)", steps(torch_adamw, foreach=True), steps(adamw)),
         ("AdamW, large: peak memory", "AdamW(fused=True)", steps(torch_adamw, fused=True), steps(adamw)),
     ):
-        yield MemoryRow(name, against, lambda: parameters(LARGE), stock, ours, target=0.99)
+        yield MemoryRow(name, against, lambda _: parameters(LARGE), stock, ours, target=0.99)

@@ -120,12 +120,12 @@ ACTIVATIONS = [
 ]
 
 
-def gated(name: str, stock: Callable[..., Tensor]) -> Row:
+def gated(name: str, stock: Callable[..., Tensor], variant: str = "", **options: object) -> Row:
     """A gate of two tensors; torch composes it, and rounds twice."""
     shapes = ((0, 3), (), (2, 1, 3, 1, 2))
     return Row(
-        name,
-        getattr(ours, name),
+        name + variant,
+        partial(getattr(ours, name), **options),
         stock,
         inputs=lambda: (normal(3, 4), normal(3, 4, seed=1)),
         grads=(0, 1),
@@ -173,6 +173,13 @@ ACTIVATIONS += [
     ),
     gated("swiglu", partial(wide, lambda a, b: torch.nn.functional.silu(a) * b)),
     gated("geglu", partial(wide, lambda a, b: torch.nn.functional.gelu(a) * b)),
+    gated(
+        "geglu",
+        partial(wide, lambda a, b: torch.nn.functional.gelu(a, approximate="tanh") * b),
+        " tanh",
+        approximate="tanh",
+    ),
+    gated("reglu", partial(wide, lambda a, b: torch.nn.functional.relu(a) * b)),
 ]
 
 
@@ -315,7 +322,117 @@ def add_rms_norm() -> Row:
     )
 
 
+def attention(variant: str, keys: int = 4, mask: str = "", heads: int = 2, **options: bool) -> Row:
+    """Against the definition, since torch's kernels have no second derivatives; in 16 bits against torch's kernel."""
+
+    def seen() -> Tensor | None:
+        """The last key is hidden from all but the first query, and the second query sees none."""
+        visible = torch.ones(3, keys, dtype=torch.bool, device=DEVICE)
+        visible[1:, -1] = visible[1] = False
+        return visible if mask == "bool" else None
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None = None) -> Tensor:
+        def f(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+            if options.get("enable_gqa"):
+                k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+            s = q @ k.mT / math.sqrt(q.shape[-1])
+            for added in more:
+                s = s + added
+            visible = seen()
+            if options.get("is_causal"):
+                visible = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
+            if visible is not None:
+                s = s.masked_fill(~visible, -inf)
+            nothing = (s == -inf).all(-1, keepdim=True)
+            return s.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v
+
+        return wide(f, q, k, v, *(() if m is None else (m,)))
+
+    def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda q, k, v, m=None: f(q, k, v, seen() if m is None else m, **options)
+
+    def inputs(*lead: int, length: int = 3, features: int = 8) -> Inputs:
+        given = (
+            normal(*lead, heads, length, features),
+            normal(*lead, 2, keys, features, seed=1),
+            normal(*lead, 2, keys, features, seed=2),
+        )
+        return (*given, normal(*lead[:1], 1, length, keys, seed=3)) if mask == "added" else given
+
+    return Row(
+        f"scaled_dot_product_attention{variant}",
+        call(ours.scaled_dot_product_attention),
+        definition,
+        inputs=lambda: inputs(2, features=2),
+        grads=(0, 1, 2, 3) if mask == "added" else (0, 1, 2),
+        edges=(lambda: inputs(1), lambda: inputs(1, 1), lambda: inputs(), lambda: inputs(2, features=3)),
+        half_stock=call(torch.nn.functional.scaled_dot_product_attention),
+        inductor=not variant,
+    )
+
+
+def feed_forward(name: str, variant: str, activation: str, biases: bool, recompute: bool = False) -> Row:
+    f = getattr(torch.nn.functional, activation.removesuffix("_tanh"))
+    f = partial(f, approximate="tanh") if activation.endswith("_tanh") else f
+    linear = torch.nn.functional.linear
+
+    def block(x: Tensor, *parts: Tensor | None) -> Tensor:
+        if name == "mlp":
+            w, w_down, b, b_down = parts
+            return linear(f(linear(x, w, b)), w_down, b_down)
+        w, w_up, w_down, b, b_up, b_down = parts
+        return linear(f(linear(x, w, b)) * linear(x, w_up, b_up), w_down, b_down)
+
+    def inputs(*lead: int) -> Inputs:
+        weights = ((5, 4), (2, 5)) if name == "mlp" else ((5, 4), (5, 4), (2, 5))
+        given = [normal(*shape, seed=1 + k) / 2 for k, shape in enumerate(weights)]
+        given += [normal(shape[0], seed=5 + k) if biases else None for k, shape in enumerate(weights)]
+        return normal(*lead, 4), *given
+
+    count = 2 if name == "mlp" else 3
+    return Row(
+        f"{name}{variant}",
+        partial(getattr(ours, name), activation=activation, recompute=recompute),
+        block,
+        inputs=lambda: inputs(3),
+        grads=tuple(range(1 + count * (1 + biases))),
+        edges=(lambda: inputs(), lambda: inputs(2, 3), lambda: inputs(0), lambda: inputs(2, 1, 2)),
+        half=False,  # of so few numbers the roundings are a coin toss: layers/test_mlp.py has more
+        inductor=not variant,
+    )
+
+
 LAYERS = [
+    *(
+        attention(variant, **how)
+        for variant, how in {
+            "": {},
+            " causal": {"keys": 3, "is_causal": True},
+            " mask": {"mask": "bool"},
+            " added mask": {"mask": "added"},
+            " grouped": {"heads": 4, "enable_gqa": True},
+        }.items()
+    ),
+    feed_forward("mlp", "", "gelu", True),
+    feed_forward("mlp", " recomputed", "silu", False, recompute=True),
+    feed_forward("mlp", " tanh", "tanh", True),
+    feed_forward("gated_mlp", "", "silu", False),
+    feed_forward("gated_mlp", " with biases", "gelu_tanh", True),
+    feed_forward("gated_mlp", " recomputed", "gelu", False, recompute=True),
+    Row(
+        "embedding",
+        lambda w, index: ours.embedding(index, w),
+        lambda w, index: torch.nn.functional.embedding(index, w),
+        inputs=lambda: (normal(5, 3), classes(4, high=5)),
+        edges=(lambda: (normal(5, 3), classes(2, 3, high=5)), lambda: (normal(5, 3), classes(high=5))),
+        inductor=True,
+    ),
+    Row(
+        "embedding scaled",
+        lambda w, index: ours.embedding(index, w, scale=3.0),
+        lambda w, index: torch.nn.functional.embedding(index, w) * 3,
+        inputs=lambda: (normal(5, 3), classes(4, high=5)),
+    ),
     Row(
         "linear",
         ours.linear,

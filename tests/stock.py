@@ -89,3 +89,31 @@ def cross_entropy(
         share = counts if w is None or t.is_floating_point() else w[t.clamp(min=0)] * counts
         normalizer = (u * share).sum() if reduction == "mean" else 1
     return (losses * u).sum() / normalizer
+
+
+class MLP(torch.nn.Sequential):
+    """torch has no such module; these are the stock parts that ours stands for."""
+
+    def __init__(self, in_features, hidden_features, out_features=None, activation="gelu", bias=True, recompute=False):
+        parts = {"gelu": torch.nn.GELU, "relu": torch.nn.ReLU}
+        super().__init__(
+            torch.nn.Linear(in_features, hidden_features, bias),
+            parts[activation](),
+            torch.nn.Linear(hidden_features, out_features or in_features, bias),
+        )
+
+
+class GatedMLP(torch.nn.Module):
+    def __init__(self, in_features, hidden_features, out_features=None, activation="silu", bias=False, recompute=False):
+        super().__init__()
+        self.gate_proj = torch.nn.Linear(in_features, hidden_features, bias)
+        self.up_proj = torch.nn.Linear(in_features, hidden_features, bias)
+        self.down_proj = torch.nn.Linear(hidden_features, out_features or in_features, bias)
+        self.activation, self.recompute = activation, recompute
+
+    def extra_repr(self):
+        return f"activation={self.activation!r}" + (", recompute=True" if self.recompute else "")
+
+    def forward(self, x):
+        act = getattr(torch.nn.functional, self.activation)
+        return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))

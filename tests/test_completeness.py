@@ -25,7 +25,7 @@ from torchcalc.testing.optimizers import textbook
 
 FAMILIES = (torchcalc.activations, torchcalc.layers, torchcalc.losses)
 #: What functions are made with; no file of a function.
-HELPERS = {"inplace", "reduction", "residual"}
+HELPERS = {"by_classes", "head", "inplace", "reduction", "residual"}
 FILES = [
     f"{family.__name__}.{file.name}"
     for family in FAMILIES
@@ -85,6 +85,12 @@ def test_every_function_has_a_benchmark():
         "geglu",
         "glu",
         "linear",
+        "reglu",
+        "mlp",
+        "gated_mlp",
+        "embedding",
+        "dropout",
+        "scaled_dot_product_attention",
         "rms_norm",
         "add_rms_norm",
         "layer_norm",

@@ -55,6 +55,18 @@ CASES = {  # name: (constructor arguments, inputs)
         if "bias" in inspect.signature(torch.nn.GroupNorm).parameters
         else {}
     ),
+    "Dropout": ({"p": 1e-9}, (x,)),  # the two draw one after the other, but drop nothing
+    "Dropout inplace": ({"p": 1e-9, "inplace": True}, (x,)),
+    "MLP": ({"in_features": 4, "hidden_features": 5, "out_features": 2, "activation": "relu"}, (x,)),
+    "MLP recomputed": ({"in_features": 4, "hidden_features": 5, "bias": False, "recompute": True}, (x,)),
+    "GatedMLP": ({"in_features": 4, "hidden_features": 5, "out_features": 2, "activation": "gelu"}, (x,)),
+    "GatedMLP recomputed": ({"in_features": 4, "hidden_features": 5, "bias": True, "recompute": True}, (x,)),
+    "Embedding": ({"num_embeddings": 5, "embedding_dim": 3, "padding_idx": 1}, (torch.tensor([[0, 1], [4, 1]]),)),
+    "Embedding sparse": ({"num_embeddings": 5, "embedding_dim": 3, "sparse": True}, (torch.tensor([0, 1]),)),
+    "Embedding of few": (
+        {"num_embeddings": 5, "embedding_dim": 3, "max_norm": 0.5, "norm_type": 1.0, "scale_grad_by_freq": True},
+        (torch.tensor([[0, 1], [4, 1]]),),
+    ),
     "Softmax": ({"dim": 1}, (x,)),
     "LogSoftmax": ({"dim": 0}, (x,)),
     "MSELoss": ({"reduction": "sum"}, (x, t)),
@@ -98,8 +110,10 @@ MODULES = {
     "cross_entropy": "CrossEntropyLoss",
     "kl_div": "KLDivLoss",
     "linear_cross_entropy": "LinearCrossEntropyLoss",
+    "gated_mlp": "GatedMLP",
+    "mlp": "MLP",
 }
-WITHOUT_A_MODULE = {"add_rms_norm", "geglu", "softcap", "swiglu"}
+WITHOUT_A_MODULE = {"add_rms_norm", "geglu", "reglu", "scaled_dot_product_attention", "softcap", "swiglu"}
 
 
 def named(namespace, name):
@@ -131,7 +145,8 @@ def test_value_repr_and_state(case):
 def test_gradient_goes_through_our_function(case):
     """A node of ours: of the engine, or of a formula; torch's are named with a number at the end."""
     mine, _, inputs = pair(case)
-    y = mine(inputs[0].clone().requires_grad_() * 1, *inputs[1:])
+    first = inputs[0].clone()
+    y = mine(first.requires_grad_() * 1 if first.is_floating_point() else first, *inputs[1:])
     nodes, below = [y.grad_fn], []
     while nodes:
         below.append((node := nodes.pop()).name())
@@ -157,7 +172,10 @@ def test_every_argument_of_a_module_has_a_case(name):
         if v is not defaults.get(n)
     }
     unused = {"size_average", "reduce", "device", "kwargs", "dtype"}  # deprecated, or of the constructor alone
-    unused |= {"z_loss", "softcap"} if "CrossEntropy" in name else set()  # not torch's: test_cross_entropy.py
+    unused |= {"scale", "_weight", "_freeze"} if name == "Embedding" else set()  # layers/test_embedding.py
+    unused |= (
+        {"z_loss", "softcap", "recompute", "filter_eps"} if "CrossEntropy" in name else set()
+    )  # not torch's: test_cross_entropy.py
     assert not set(defaults) - given - unused
 
 

@@ -127,11 +127,11 @@ def built(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_package_and_nothing_else(built):
+def test_wheel_holds_the_package_the_plugin_and_nothing_else(built):
     _, wheel = built
     info = f"torchcalc-{torchcalc.__version__}.dist-info"
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names} == {"torchcalc", info}
+    assert {name.partition("/")[0] for name in names} == {"torchcalc", "pytest_torchcalc.py", info}
     source = {str(path.relative_to(ROOT)) for path in (ROOT / "torchcalc").rglob("*.py")}
     assert source | {"torchcalc/py.typed", f"{info}/licenses/LICENSE"} <= set(names)
     libraries = {re.sub("-.*", "", name) for name in names if "libtorchcalc" in name and not name.endswith(".sha256")}

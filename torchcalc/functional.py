@@ -10,7 +10,7 @@ from torchcalc.activations.abs import abs
 from torchcalc.activations.elu import elu
 from torchcalc.activations.exp import exp
 from torchcalc.activations.gelu import gelu
-from torchcalc.activations.glu import geglu, glu, swiglu
+from torchcalc.activations.glu import geglu, glu, reglu, swiglu
 from torchcalc.activations.leaky_relu import leaky_relu
 from torchcalc.activations.log import log
 from torchcalc.activations.logsigmoid import logsigmoid
@@ -23,9 +23,13 @@ from torchcalc.activations.softplus import softplus
 from torchcalc.activations.square import square
 from torchcalc.activations.tanh import tanh
 from torchcalc.layers.add_rms_norm import add_rms_norm
+from torchcalc.layers.attention import scaled_dot_product_attention
+from torchcalc.layers.dropout import dropout
+from torchcalc.layers.embedding import embedding
 from torchcalc.layers.group_norm import group_norm
 from torchcalc.layers.layer_norm import layer_norm
 from torchcalc.layers.linear import linear
+from torchcalc.layers.mlp import gated_mlp, mlp
 from torchcalc.layers.rms_norm import rms_norm
 from torchcalc.layers.softmax import log_softmax, softmax
 from torchcalc.losses.binary_cross_entropy import binary_cross_entropy, binary_cross_entropy_with_logits
@@ -45,8 +49,11 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "dropout",
     "elu",
+    "embedding",
     "exp",
+    "gated_mlp",
     "gaussian_nll_loss",
     "geglu",
     "gelu",
@@ -63,10 +70,13 @@ __all__ = [
     "log_softmax",
     "logsigmoid",
     "mish",
+    "mlp",
     "mse_loss",
     "poisson_nll_loss",
+    "reglu",
     "relu",
     "rms_norm",
+    "scaled_dot_product_attention",
     "sigmoid",
     "silu",
     "smooth_l1_loss",

@@ -20,9 +20,12 @@ from torchcalc.activations.silu import SiLU
 from torchcalc.activations.softplus import Softplus
 from torchcalc.activations.square import Square
 from torchcalc.activations.tanh import Tanh
+from torchcalc.layers.dropout import Dropout
+from torchcalc.layers.embedding import Embedding
 from torchcalc.layers.group_norm import GroupNorm
 from torchcalc.layers.layer_norm import LayerNorm
 from torchcalc.layers.linear import Linear
+from torchcalc.layers.mlp import MLP, GatedMLP
 from torchcalc.layers.rms_norm import RMSNorm
 from torchcalc.layers.softmax import LogSoftmax, Softmax
 from torchcalc.losses.binary_cross_entropy import BCELoss, BCEWithLogitsLoss
@@ -40,11 +43,15 @@ __all__ = [
     "ELU",
     "GELU",
     "GLU",
+    "MLP",
     "Abs",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "Dropout",
+    "Embedding",
     "Exp",
+    "GatedMLP",
     "GaussianNLLLoss",
     "GroupNorm",
     "HuberLoss",

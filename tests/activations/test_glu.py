@@ -21,6 +21,11 @@ def test_geglu(row, check):
     check(row)
 
 
+@table("reglu")
+def test_reglu(row, check):
+    check(row)
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_as_torchs(dim, dtype):

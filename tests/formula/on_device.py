@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import torchcalc.functional  # noqa: F401  which defines the formulas
 from tests.interpreter import mend
 from torchcalc.formula import Expression, maximum, minimum, where
-from torchcalc.formula.launch import fits, launch_loss, launch_loss_product, launch_product, launch_value
+from torchcalc.formula.launch import fits, launch_loss, launch_loss_product, launch_product, launch_value, launch_whole
+from torchcalc.formula.pointwise import FORMULAS, gradients
 from torchcalc.native import gpu
 
 if gpu.INTERPRETED:
@@ -165,3 +167,20 @@ def test_layouts() -> None:
 def test_an_address_that_is_not_aligned() -> None:
     a = torch.randn(2049)[1:]
     torch.testing.assert_close(launch_value(SILU, [a]), F.silu(a))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name, formula in FORMULAS.items() if formula.whole])
+def test_gradients_and_value_together(name: str, dtype: torch.dtype) -> None:
+    """What mlp and gated_mlp launch in backward, against the formula's own value and products."""
+    formula = FORMULAS[name]
+    for n in (1, 1500):
+        g, *inputs = (torch.randn(n, dtype=torch.float64).to(dtype) for _ in range(1 + len(formula.inputs)))
+        *grads, value = launch_whole(formula, g, inputs)
+        right = formula.on_tensors(*inputs)
+        known = dict(zip(formula.inputs, inputs, strict=True)) | {"y": right}
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(value, right, rtol=8 * eps, atol=8 * eps)
+        found = gradients(formula, g, known, [True] * len(inputs), [(g.shape, dtype)] * len(inputs))
+        for a, b in zip(grads, found, strict=True):
+            torch.testing.assert_close(a, b, rtol=16 * eps, atol=16 * eps)

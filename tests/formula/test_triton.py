@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import torchcalc.functional  # noqa: F401  which defines the formulas
 from tests import compiled, interpreter
 from tests.formula.on_device import ELU, GELU, MSE, SILU, TANH, WEIGHTED
 from torchcalc.formula import launch
+from torchcalc.formula.pointwise import FORMULAS
 
 pytestmark = interpreter.needs_triton
 
@@ -37,6 +39,17 @@ def test_pointwise_kernels_compile(formula: object, dtype: torch.dtype, target: 
     if product.backend == "cuda":
         accesses = launch.BLOCK * dtype.itemsize // (32 * launch.WARPS * 16)  # of a thread, each 16 bytes wide
         assert product.wide_loads == 2 * accesses and product.wide_stores == accesses
+
+
+@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("name", ["SwiGLU", "GEGLU"])
+def test_gradients_with_the_value_compile(name: str, target: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        made = compiled.compile(launch._make(FORMULAS[name], "whole", [dtype], True).kernel, target)
+        assert made.spills == 0
+        if made.backend == "cuda":
+            accesses = launch.BLOCK * dtype.itemsize // (32 * launch.WARPS * 16)
+            assert made.wide_loads == 3 * accesses and made.wide_stores == 3 * accesses
 
 
 @pytest.mark.parametrize("target", compiled.TARGETS)

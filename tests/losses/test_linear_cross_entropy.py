@@ -34,7 +34,8 @@ def gradients(f, leaves, double=False, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("memory", BUDGETS)
-def test_chunks_are_the_whole(memory, reduction, dtype):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_chunks_are_the_whole(recompute, memory, reduction, dtype):
     """For every set of arguments that need a gradient: what is frozen is not computed."""
     target = classes(23, high=11)
     target[::5] = -100
@@ -48,8 +49,9 @@ def test_chunks_are_the_whole(memory, reduction, dtype):
         if frozen == "no bias":
             leaves[2] = None
         options = dict(target=target, reduction=reduction, label_smoothing=smoothing)
+        way = dict(memory=memory, recompute=recompute)
         c = class_weight if weighted else None
-        mine = gradients(linear_cross_entropy, leaves, weight=c, memory=memory, **options)
+        mine = gradients(linear_cross_entropy, leaves, weight=c, **way, **options)
         right = gradients(
             stock.linear_cross_entropy, leaves, double=True, weight=c.double() if weighted else c, **options
         )
@@ -67,10 +69,11 @@ def test_bfloat16_gradients_of_the_weight_are_added_in_float32():
     assert g.tolist() == [[-2048.0], [2048.0]]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_backward_twice_gives_the_same(reduction):
+def test_backward_twice_gives_the_same(reduction, recompute):
     x, w = normal(6, 4).requires_grad_(), normal(3, 4, seed=1).requires_grad_()
-    loss = linear_cross_entropy(x, w, classes(6, high=3), reduction=reduction).sum()
+    loss = linear_cross_entropy(x, w, classes(6, high=3), reduction=reduction, recompute=recompute).sum()
     first = torch.autograd.grad(loss, (x, w), retain_graph=True)
     again = torch.autograd.grad(3 * loss, (x, w))
     assert_close([3 * g for g in first], list(again))
@@ -102,14 +105,24 @@ def test_autocast_gives_a_loss_of_float32():
     assert_close(torch.autograd.grad(mine, (x, w)), torch.autograd.grad(whole, (x, w)), rtol=0.02, atol=1e-3)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("bad", [3, -1])
-def test_a_target_that_is_no_class(bad):
+def test_a_target_that_is_no_class(bad, recompute):
     with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
-        linear_cross_entropy(normal(2, 4), normal(3, 4), torch.tensor([0, bad]))
+        linear_cross_entropy(normal(2, 4), normal(3, 4), torch.tensor([0, bad]), recompute=recompute)
 
 
 def test_what_does_not_fit_is_refused():
     x, w, t = normal(2, 4), normal(3, 4), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"metrics=True with recompute=True"):
+        linear_cross_entropy(x, w, t, metrics=True, recompute=True)
+    for how in (
+        dict(filter_eps=1e-3),
+        dict(filter_eps=-1, recompute=True),
+        dict(filter_eps=float("nan"), recompute=True),
+    ):
+        with pytest.raises(ValueError, match=r"filter_eps=.*only with recompute=True"):
+            linear_cross_entropy(x, w, t, **how)
     with pytest.raises(ValueError, match=r"memory=0: bytes for logits, > 0"):
         linear_cross_entropy(x, w, t, memory=0)
     refused = {
@@ -142,6 +155,45 @@ def test_the_module_shares_its_weight_with_an_embedding():
     assert_close(mine, embedding.weight.grad)
 
 
+def test_what_is_kept_to_compute_again():
+    """No tensor of the classes' size but the weight; and second derivatives."""
+    x, w = (normal(*s).requires_grad_() for s in ((6, 4), (300, 4)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda a: kept.append(a) or a, lambda a: a):
+        loss = linear_cross_entropy(x, w, classes(6, high=300), recompute=True)
+    assert {a.numel() for a in kept if a.data_ptr() != w.data_ptr()} <= {6 * 4, 6, 1}
+    del loss
+    leaves = [a.detach().double().requires_grad_() for a in (x, w[:5])]
+    f = lambda x, w: linear_cross_entropy(x, w, classes(6, high=5), recompute=True)  # noqa: E731
+    assert torch.autograd.gradcheck(f, leaves)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("eps", [2**-12, 2**-6, 0.3])
+def test_classes_that_are_left_out(eps, dtype):
+    """The error of the gradients is within its bound, and not 0."""
+    samples, classes_, features = 12, 300, 8
+    x = (2 * normal(samples, features)).to(dtype).requires_grad_()
+    w = (2 * normal(classes_, features, seed=1)).to(dtype).requires_grad_()
+    t = classes(samples, high=classes_)
+    results = []
+    for filter_eps in (eps, 0.0):
+        how = dict(recompute=True, filter_eps=filter_eps, memory=64 * samples * x.element_size())
+        loss = linear_cross_entropy(x, w, t, **how)
+        results.append([g.double() for g in torch.autograd.grad(loss, (x, w))])
+    (mine_x, mine_w), (all_x, all_w) = results
+    left_out = (mine_w == 0).all(1)
+    share, rounding = 1 / samples, torch.finfo(dtype).eps
+    bound = eps * share * x.double().norm(dim=1).sum()
+    assert 0.2 < left_out.double().mean() < 1
+    assert ((mine_w - all_w).norm(dim=1)[left_out] <= bound).all()
+    assert_close(mine_w[~left_out], all_w[~left_out], rtol=4 * rounding, atol=1e-5)
+    error = (mine_x - all_x).norm(dim=1)
+    assert (error <= eps * share * w.double().norm(dim=1)[left_out].sum() + 8 * rounding * all_x.norm(dim=1)).all()
+    assert (mine_w - all_w).abs().max() > 0
+
+
 MEMORY = """
 import resource, torch
 from torchcalc.functional import linear_cross_entropy
@@ -155,15 +207,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.slow
-def test_the_logits_are_never_there():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_logits_are_never_there(recompute):
     """They would be 128 MiB, and their gradient as much."""
-    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    code = MEMORY.replace("memory=", f"recompute={recompute}, memory=")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 32 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory", BUDGETS)
-def test_what_torch_does_not_take(memory, dtype):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_torch_does_not_take(recompute, memory, dtype):
     target = classes(23, high=11)
     target[::5] = -100
     eps = torch.finfo(dtype).eps
@@ -173,7 +228,7 @@ def test_what_torch_does_not_take(memory, dtype):
             x, w = (a.to(dtype).to(wide).requires_grad_() for a in (normal(23, 6), normal(11, 6, seed=1)))
             u = normal(23, seed=2).abs().to(dtype).to(wide) if weighted else None
             if wide is dtype:
-                loss = linear_cross_entropy(x, w, target, memory=memory, token_weight=u, **options)
+                loss = linear_cross_entropy(x, w, target, memory=memory, token_weight=u, recompute=recompute, **options)
             else:
                 loss = stock.cross_entropy(x @ w.t(), target, token_weight=u, **options)
             g = torch.linspace(0.5, 1.5, loss.numel()).to(x).view(loss.shape)

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.interpreter import mend
+from torchcalc.layers.attention import scaled_dot_product_attention
 from torchcalc.losses.cross_entropy import _launched
+from torchcalc.losses.linear_cross_entropy import linear_cross_entropy
 from torchcalc.native import gpu, row_kernels
 
 if gpu.INTERPRETED:
@@ -157,3 +159,121 @@ def test_batches_of_gradients() -> None:
         for f in (launched, F.cross_entropy)
     ]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 32, 70, 4100])
+def test_slopes_of_a_chunk_of_classes(classes: int, dtype: torch.dtype) -> None:
+    """As linear_cross_entropy has them that computes its logits again: some targets lie in other chunks."""
+    table = torch.randn(5, classes // 16 * 16 + 32, dtype=torch.float64).to(dtype)
+    x = table[:, :classes]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    lse = x.double().logsumexp(1).to(wide) + 0.5
+    factor, own = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0]).to(wide), torch.tensor([1.0, 0.5, 0.0, 1.5, 1.0]).to(wide)
+    place = torch.tensor([0, classes - 1, 0, -3, classes])
+    right = factor[:, None].double() * (x.double() - lse[:, None].double()).exp()
+    right[0, 0] -= 1
+    right[1, classes - 1] -= 0.5
+    beyond = table[:, classes:].clone()
+    x[2, 0] = torch.inf  # an ignored row contributes nothing, whatever it is
+    right[2] = 0
+    assert row_kernels.slopes_(x, lse, factor, own, place) is x
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(x.double(), right, rtol=8 * eps, atol=8 * eps)
+    assert torch.equal(table[:, classes:], beyond)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_by_classes(dtype: torch.dtype, smoothing: float) -> None:
+    x, w = (torch.randn(s, dtype=torch.float64).to(dtype).requires_grad_() for s in ((5, 8), (150, 8)))
+    t = torch.tensor([0, 149, -100, 70, 64])
+    loss = linear_cross_entropy(x, w, t, memory=5 * 64 * x.element_size(), recompute=True, label_smoothing=smoothing)
+    wide = [a.detach().double().requires_grad_() for a in (x, w)]
+    right = F.cross_entropy(F.linear(*wide), t, label_smoothing=smoothing)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(loss.double(), right, rtol=8 * eps, atol=8 * eps)
+    mine, theirs = torch.autograd.grad(loss, (x, w)), torch.autograd.grad(right, wide)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=8 * eps, atol=8 * eps * float(b.abs().max()))
+
+
+ATTENTION = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "bool mask": {"mask": torch.bool},
+    "added mask": {"mask": torch.float32},
+    "grouped": {"enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_by_torchs_kernels(case: str, dtype: torch.dtype) -> None:
+    """Value, first and second derivative, against the definition in float64."""
+    how = dict(ATTENTION[case])
+    mask, of = None, how.pop("mask", None)
+    if of is not None:
+        mask = torch.rand(33, 33) > 0.3
+        mask[:, 0] = True
+        mask = mask if of == torch.bool else torch.randn(33, 33).to(dtype)
+    heads = 2 if case == "grouped" else 4
+    leaves = [torch.randn(2, n, 33, 16).to(dtype).requires_grad_() for n in (4, heads, heads)]
+    g, u = torch.randn(2, 4, 33, 16), torch.randn(2, 4, 33, 16)
+    results = []
+    for wide in (False, True):
+        xs = [x.detach().double().requires_grad_() for x in leaves] if wide else leaves
+        m = mask.double() if wide and mask is not None and mask.is_floating_point() else mask
+        y = scaled_dot_product_attention(*xs, m, **how)
+        if not wide and case != "grouped":  # of which some of torch's kernels are not capable
+            assert type(y.grad_fn).__name__ == "CppFunction"
+        first = torch.autograd.grad(y, xs, g.to(y.dtype), retain_graph=True)
+        (grad,) = torch.autograd.grad(y, xs[:1], g.to(y.dtype), create_graph=True)
+        second = torch.autograd.grad((grad * u.to(y.dtype)).sum(), xs)
+        results.append([x.detach().double() for x in (y, *first, *second)])
+    eps = torch.finfo(dtype).eps
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=32 * eps, atol=32 * eps * float(b.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "channels_last"),
+    [
+        *(((2, 5, 3), dtype, False) for dtype in DTYPES),
+        ((1, 3, 23, 25), torch.float32, False),
+        ((1, 21, 2, 5, 2), torch.bfloat16, False),
+        ((2, 5, 3, 2), torch.float32, True),
+    ],
+    ids=str,
+)
+def test_images(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> None:
+    """Classes that are not side by side, of fewer and more samples than a program has at hand; and those that are."""
+    x = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    t = torch.randint(shape[1], shape[:1] + shape[2:])
+    t.view(-1)[1::3] = -100
+    eps = torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 8)
+    for reduction, smoothing, weighted in (
+        ("none", 0.0, False),
+        ("mean", 0.0, True),
+        ("mean", 0.2, False),
+        ("none", 0.2, True),
+    ):
+        w = torch.linspace(0.1, 1, shape[1]).to(dtype) if weighted else None
+
+        def mine(x: Tensor, r: str = reduction, s: float = smoothing, w: Tensor | None = w) -> Tensor:
+            loss = _launched(x, t, w, -100, r, s, 0.01)
+            assert loss is not None
+            return loss
+
+        def right(x: Tensor, r: str = reduction, s: float = smoothing, w: Tensor | None = w) -> Tensor:
+            w = None if w is None else w.double()
+            losses = F.cross_entropy(x, t, w, reduction="none", label_smoothing=s)
+            losses = losses + 0.01 * torch.logsumexp(x, 1).square() * (t != -100)
+            share = (t != -100).double() if w is None else torch.where(t == -100, 0, w[t.clamp(min=0)])
+            return losses if r == "none" else losses.sum() / share.sum()
+
+        for a, b in zip(value_and_gradient(mine, x), value_and_gradient(right, x.double()), strict=True):
+            assert a.dtype == dtype and a.shape == b.shape
+            assert torch.allclose(a.double(), b, rtol=eps, atol=eps)

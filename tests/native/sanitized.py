@@ -27,6 +27,9 @@ TESTS = [
         "test_norms.py",
     ),
     "../formula/test_pointwise.py",
+    "../layers/test_dropout.py",
+    "../layers/test_mlp.py::test_every_activation",
+    "../layers/test_mlp.py::test_rounding",
 ]
 
 

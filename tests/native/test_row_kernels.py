@@ -41,5 +41,8 @@ def test_weights_smoothing_and_the_sum_compile(target: str) -> None:
             row_kernels._forward(1024, dtype, True, True, True, True),
             row_kernels._backward(1024, dtype, True, True, True, True, True),
             row_kernels._sum(dtype),
+            row_kernels._forward_images(dtype, True, True),
+            row_kernels._backward_images(dtype, True, True, True),
+            row_kernels._slopes(1024, dtype, True, False),
         ):
             assert compiled.compile(kernel, target).spills == 0

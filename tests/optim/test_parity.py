@@ -157,7 +157,7 @@ def test_every_path_is_within_one_ulp_a_step(
         optimizer = build(cls, copies, hyper, **options)
         for p, copied in zip(params, copies, strict=True):
             optimizer.state[copied] = {
-                key: (x.clone() if at == device else x.to(at)) if key in NUMBERS else x.to(at, to, copy=True)
+                key: x.to(at, copy=True) if key in NUMBERS else x.to(at, to, copy=True)
                 for key, x in warm.state[p].items()
             }
         run(optimizer, [[g.to(at, to) for g in step if g is not None] for step in grads])
@@ -175,7 +175,10 @@ def test_every_path_is_within_one_ulp_a_step(
         assert my_state[i].keys() == their_state[i].keys()
         for key, exact in truth_state[i].items():
             if exact.dim() or key != "step":
-                near(warm.state[p].get(key, exact).cpu(), my_state[i][key], their_state[i][key], exact)
+                before = warm.state[p].get(key, exact)
+                if key == "ax":  # it becomes the weight, with whose unit the weight may err
+                    before = torch.maximum(before.abs(), p.detach().abs()) if not p.is_complex() else before
+                near(before.cpu(), my_state[i][key], their_state[i][key], exact)
             else:
                 same(my_state[i][key], their_state[i][key])
 

@@ -30,6 +30,11 @@ def signs(*shape: int, seed: int = 0) -> Tensor:
     return torch.where(normal(*shape, seed=seed) > 0, 1.0, -1.0)
 
 
+def _seeded(f: Callable[..., Any], *inputs: Any) -> Any:
+    torch.manual_seed(0)
+    return f(*inputs)
+
+
 def classes(*shape: int, high: int) -> Tensor:
     return (torch.arange(int(torch.tensor(shape).prod())) % high).reshape(shape)
 
@@ -229,6 +234,17 @@ TORCHCALC = [
     f("torchcalc softcap", partial(ours.softcap, cap=2.0), x, reference=lambda x: 2 * torch.tanh(x / 2)),
     f("torchcalc swiglu", ours.swiglu, x, y, reference=lambda a, b: F.silu(a) * b),
     f("torchcalc geglu", ours.geglu, x, y, reference=lambda a, b: F.gelu(a) * b),
+    f("torchcalc reglu", ours.reglu, x, y, reference=lambda a, b: F.relu(a) * b),
+    f("torchcalc mlp", ours.mlp, x, normal(5, 4, seed=1), normal(2, 5, seed=2)),
+    f("torchcalc gated_mlp", ours.gated_mlp, x, *(normal(5, 4, seed=k) for k in (1, 2)), normal(2, 5, seed=3)),
+    f("torchcalc embedding", lambda w: ours.embedding(torch.tensor([0, 2, 2]), w), x),
+    f("torchcalc dropout", partial(_seeded, partial(ours.dropout, p=0.4)), x),
+    f(
+        "torchcalc scaled_dot_product_attention",
+        ours.scaled_dot_product_attention,
+        *(normal(1, 2, n, 4, seed=n) for n in (3, 4, 4)),
+        reference=lambda q, k, v: ((q / 2) @ k.mT).softmax(-1) @ v,
+    ),
     f("torchcalc gelu tanh", partial(ours.gelu, approximate="tanh"), x, reference=partial(F.gelu, approximate="tanh")),
     f("torchcalc softmax", partial(ours.softmax, dim=1), x, reference=partial(F.softmax, dim=1)),
     f("torchcalc log_softmax", partial(ours.log_softmax, dim=1), x, reference=partial(F.log_softmax, dim=1)),

@@ -46,8 +46,8 @@ def u(x: Term) -> Term:
     return math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
 
 
-_gelu = pointwise("GELU", value, slope, torch_value=F.gelu)
-_gelu_tanh = pointwise("GELUTanh", tanh_value, tanh_slope, torch_value=partial(F.gelu, approximate="tanh"))
+_gelu = pointwise("GELU", value, slope, torch_value=F.gelu, whole=True)
+_gelu_tanh = pointwise("GELUTanh", tanh_value, tanh_slope, torch_value=partial(F.gelu, approximate="tanh"), whole=True)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -72,11 +72,14 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     >>> y.item(), x.grad.item()
     (0.0, 0.5)
     """
-    if approximate == "none":
-        return _gelu(input)
-    if approximate != "tanh":
+    return (_gelu_tanh if is_tanh(approximate) else _gelu)(input)
+
+
+def is_tanh(approximate: str) -> bool:
+    """Which of the two is meant; refuses what is neither."""
+    if approximate not in ("none", "tanh"):
         raise RuntimeError(f"approximate argument must be either none or tanh, but it is {approximate!r}")
-    return _gelu_tanh(input)
+    return approximate == "tanh"
 
 
 class GELU(NotScripted, nn.GELU):

@@ -1,10 +1,10 @@
-"""Gated linear units:  y = a·σ(b), and its kin  silu(a)·b,  gelu(a)·b.
+"""Gated linear units:  y = a·σ(b), and its kin  silu(a)·b,  gelu(a)·b,  relu(a)·b.
 
 Derivation.  By the product rule each factor is the slope of the other. For y = a·σ(b), with σ' = σ·(1 - σ),
 
     ∂y/∂a = σ(b),   ∂y/∂b = a·σ(b)·(1 - σ(b)),                                    (1)
 
-and for y = φ(a)·b, φ = silu or gelu, whose φ' is derived in silu.py and gelu.py,
+and for y = φ(a)·b, φ = silu, gelu or relu, whose φ' is derived in silu.py, gelu.py and relu.py,
 
     ∂y/∂a = φ'(a)·b,   ∂y/∂b = φ(a).                                              (2)
 
@@ -18,13 +18,13 @@ arXiv:2002.05202.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchcalc.activations import gelu, silu
+from torchcalc.activations import gelu, relu, silu
 from torchcalc.formula import Term, pointwise
 from torchcalc.formula.dispatch import of_halves
 from torchcalc.formula.pointwise import FORMULAS
 from torchcalc.tracing import NotScripted, leaf
 
-__all__ = ["GLU", "geglu", "glu", "swiglu"]
+__all__ = ["GLU", "geglu", "glu", "reglu", "swiglu"]
 
 
 def value(a: Term, b: Term) -> Term:
@@ -64,10 +64,36 @@ def geglu_slope_b(a: Term) -> Term:
     return gelu.value(a)
 
 
+def geglu_tanh_value(a: Term, b: Term) -> Term:
+    return gelu.tanh_value(a) * b
+
+
+def geglu_tanh_slope_a(a: Term, b: Term) -> Term:
+    return gelu.tanh_slope(a) * b  # (2)
+
+
+def geglu_tanh_slope_b(a: Term) -> Term:
+    return gelu.tanh_value(a)
+
+
+def reglu_value(a: Term, b: Term) -> Term:
+    return relu.value(a) * b
+
+
+def reglu_slope_a(a: Term, b: Term, g: Term) -> Term:
+    return relu.slope(a, g * b)  # (2); with g·b instead of g it selects, and does not multiply
+
+
+def reglu_slope_b(a: Term) -> Term:
+    return relu.value(a)
+
+
 _glu = pointwise("GLU", value, slope_a, slope_b)
 _glu_of_halves = of_halves(FORMULAS["GLU"], _glu)
-_swiglu = pointwise("SwiGLU", swiglu_value, swiglu_slope_a, swiglu_slope_b)
-_geglu = pointwise("GEGLU", geglu_value, geglu_slope_a, geglu_slope_b)
+_swiglu = pointwise("SwiGLU", swiglu_value, swiglu_slope_a, swiglu_slope_b, whole=True)
+_geglu = pointwise("GEGLU", geglu_value, geglu_slope_a, geglu_slope_b, whole=True)
+_geglu_tanh = pointwise("GEGLUTanh", geglu_tanh_value, geglu_tanh_slope_a, geglu_tanh_slope_b, whole=True)
+_reglu = pointwise("ReGLU", reglu_value, reglu_slope_a, reglu_slope_b, whole=True)
 
 
 @leaf
@@ -120,8 +146,31 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     return _swiglu(a, b)
 
 
-def geglu(a: Tensor, b: Tensor) -> Tensor:
-    """gelu(a)·b, with the exact gelu.
+def geglu(a: Tensor, b: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(a)·b.
+
+    Args:
+        a: tensor of any shape and float dtype: what opens the gate.
+        b: tensor of the same shape, or one that broadcasts: what passes it.
+        approximate: of :func:`gelu`: ``"none"`` or ``"tanh"``.
+
+    Returns:
+        Tensor of the common shape and dtype.
+
+    Raises:
+        RuntimeError: if ``approximate`` is neither.
+
+    Reference: Shazeer 2020, arXiv:2002.05202.
+
+    >>> import torch
+    >>> geglu(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 2.0]))
+    tensor([1.6827, 0.0000])
+    """
+    return (_geglu_tanh if gelu.is_tanh(approximate) else _geglu)(a, b)
+
+
+def reglu(a: Tensor, b: Tensor) -> Tensor:
+    """relu(a)·b.
 
     Args:
         a: tensor of any shape and float dtype: what opens the gate.
@@ -133,10 +182,10 @@ def geglu(a: Tensor, b: Tensor) -> Tensor:
     Reference: Shazeer 2020, arXiv:2002.05202.
 
     >>> import torch
-    >>> geglu(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 2.0]))
-    tensor([1.6827, 0.0000])
+    >>> reglu(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 2.0]))
+    tensor([2., 0.])
     """
-    return _geglu(a, b)
+    return _reglu(a, b)
 
 
 class GLU(NotScripted, nn.GLU):

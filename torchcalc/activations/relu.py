@@ -29,7 +29,7 @@ def slope(y: Term, g: Term) -> Term:
     return where(y <= 0, 0, g)  # (1) times g
 
 
-_relu = pointwise("ReLU", value, slope, torch_value=torch.relu)
+_relu = pointwise("ReLU", value, slope, torch_value=torch.relu, whole=True)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:

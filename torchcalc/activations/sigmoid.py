@@ -29,7 +29,7 @@ def slope(y: Term) -> Term:
     return y * (1 - y)  # (1)
 
 
-_sigmoid = pointwise("Sigmoid", value, slope, torch_value=torch.sigmoid)
+_sigmoid = pointwise("Sigmoid", value, slope, torch_value=torch.sigmoid, whole=True)
 
 
 def sigmoid(input: Tensor) -> Tensor:

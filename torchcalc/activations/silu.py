@@ -27,7 +27,7 @@ def slope(x: Term) -> Term:
     return s * (1 + x * (1 - s))  # (1)
 
 
-_silu = pointwise("SiLU", value, slope, torch_value=F.silu)
+_silu = pointwise("SiLU", value, slope, torch_value=F.silu, whole=True)
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:

@@ -28,7 +28,7 @@ def slope(y: Term) -> Term:
     return 1 - y * y  # (1)
 
 
-_tanh = pointwise("Tanh", value, slope, torch_value=torch.tanh)
+_tanh = pointwise("Tanh", value, slope, torch_value=torch.tanh, whole=True)
 
 
 def tanh(input: Tensor) -> Tensor:

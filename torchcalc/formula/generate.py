@@ -38,11 +38,13 @@ def file_of(formulas: list[Formula]) -> str:
 
 
 def kernels_of(f: Formula) -> dict[str, str]:
-    """Name → text, in the order of a Formula of ``pointwise.h``: the value, all gradients together, each by itself."""
+    """Name → text, in the order of a Formula of ``pointwise.h``: the value, all gradients, these and the value, each gradient."""
     known, products = ("g", *f.inputs, "y"), [p for p in f.products if p is not None]
     found = {f"{f.name}_value": kernel(f"{f.name}_value", f.inputs, f.parameters, [f.expression])}
     if len(products) > 1:
         found[f"{f.name}_joint"] = kernel(f"{f.name}_joint", known, f.parameters, products)
+    if f.whole:
+        found[f"{f.name}_whole"] = kernel(f"{f.name}_whole", known, f.parameters, list(f.together.values()))
     for i, product in enumerate(f.products):
         if product is not None:
             found[f"{f.name}_product_{i}"] = kernel(f"{f.name}_product_{i}", known, f.parameters, [product])
@@ -59,5 +61,5 @@ def entry_of(f: Formula) -> str:
     products = ", ".join(entry(f"{f.name}_product_{i}") for i in range(len(f.products)))
     return (
         f'{{"{f.name}", "{f.hash}", {len(f.inputs)}, {entry(f"{f.name}_value")}, {entry(f"{f.name}_joint")}, '
-        f"{{{products}}}}}"
+        f"{entry(f'{f.name}_whole')}, {{{products}}}}}"
     )

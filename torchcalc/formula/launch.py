@@ -23,7 +23,7 @@ from torchcalc.native import gpu
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["fits", "launch_loss", "launch_loss_product", "launch_product", "launch_value"]
+__all__ = ["fits", "launch_loss", "launch_loss_product", "launch_product", "launch_value", "launch_whole"]
 
 BLOCK = 1024
 WARPS = 4
@@ -91,6 +91,16 @@ def launch_product(
     return out
 
 
+def launch_whole(formula: Formula, g: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of all inputs, and then the value; all of one dtype, and no parameters."""
+    n = g.numel()
+    results = [torch.empty_like(g) for _ in (*inputs, g)]
+    if n:
+        tensors = [g, *inputs, *results]
+        find(formula, "whole", tensors).kernel.launch(g.device, -(-n // BLOCK), tensors, (n,))
+    return results
+
+
 def launch_loss(
     formula: Formula, inputs: Sequence[Tensor], parameters: Sequence[float] = (), *, scale: float = 1.0
 ) -> Tensor:
@@ -156,7 +166,10 @@ _totals: dict[torch.dtype, gpu.Kernel] = {}
 
 
 def find(formula: Formula, kind: Any, tensors: Sequence[Tensor | None]) -> Launcher:
-    """The launcher for a kind of pass: "value", an index for a product, "loss", "partial", (index,) for a loss's product."""
+    """The launcher for a kind of pass.
+
+    These are "value", "whole", an index for a product, "loss", "partial", and (index,) for a loss's product.
+    """
     dtypes: list[torch.dtype | None] = []
     low = 0
     for t in tensors:
@@ -173,7 +186,29 @@ def find(formula: Formula, kind: Any, tensors: Sequence[Tensor | None]) -> Launc
     return found[1]
 
 
+def _make_whole(formula: Formula, dtype: torch.dtype, aligned: bool) -> Launcher:
+    inputs = dict.fromkeys(("g", *formula.inputs), ELEMENTS[dtype])
+    outputs = dict.fromkeys(formula.together, ELEMENTS[dtype])
+    type_ = compute_type([dtype])
+    code = assignments(
+        formula.together, LANGUAGES[type_], lambda e: f"{e.args[0]}_at"
+    )  # an input and a result share a name
+    named = {f"{x}_at": element for x, element in inputs.items()}
+    arguments = {f"{x}_in": f"*{t}" for x, t in inputs.items()} | {f"{x}_to": f"*{t}" for x, t in outputs.items()}
+    block = Block(code, named, outputs, type_, BLOCK)
+    text = signature(f"{formula.name}_whole", arguments | {"n": "i64"})
+    text += f"    start = tl.program_id(0).to(tl.int64) * {BLOCK}\n    n = n - start\n"
+    text += "".join(f"    {x}_at_ptr = {x}_in + start\n" for x in inputs)
+    text += "".join(f"    {x}_out = {x}_to + start\n" for x in outputs) + block.text("    ")
+    count = len(arguments)
+    kernel = gpu.Kernel(f"{formula.name}_whole", text, count, aligned=count if aligned else 0, warps=WARPS)
+    return Launcher(kernel, lambda: ())
+
+
 def _make(formula: Formula, kind: Any, dtypes: Sequence[torch.dtype | None], aligned: bool) -> Launcher:
+    if kind == "whole":
+        assert dtypes[0] is not None
+        return _make_whole(formula, dtypes[0], aligned)
     product = not isinstance(kind, str)
     index = kind[0] if isinstance(kind, tuple) else kind
     names = ["g", *formula.inputs, "y"] if product else list(formula.inputs)

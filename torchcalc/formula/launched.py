@@ -22,6 +22,7 @@ from torchcalc.formula.launch import (
     launch_loss_product,
     launch_product,
     launch_value,
+    launch_whole,
     total,
 )
 from torchcalc.native import gpu
@@ -30,7 +31,7 @@ from torchcalc.native import pointwise as kernels
 if TYPE_CHECKING:
     from torchcalc.formula.pointwise import Formula
 
-__all__ = ["elementwise", "reduced"]
+__all__ = ["elementwise", "enter", "reduced", "whole_kernels"]
 
 #: Sets of parameters for which the nodes know kernels: a formula whose numbers change at every call goes through Python.
 MOST_ENTERED = 256
@@ -179,7 +180,7 @@ def enter(formula: Formula, x: Tensor, numbers: Sequence[float], kernels_of: Cal
 
 
 # The kinds of csrc/node/gpu.h. Each kernel is launched once here, over nothing that matters: that compiles it.
-VALUE, LOSS, PARTIAL, PRODUCT, LOSS_PRODUCT = 0, 1, 2, 8, 16
+VALUE, LOSS, PARTIAL, WHOLE, PRODUCT, LOSS_PRODUCT = 0, 1, 2, 3, 8, 16
 TOTAL = 0xFFFF  # the place of the sum of partial sums, which is nobody's formula
 
 
@@ -193,6 +194,15 @@ def _elementwise_kernels(formula: Formula, x: Tensor, numbers: Sequence[float]) 
             saved = _used(formula, i, [*inputs, one])
             launch_product(formula, i, one, saved, numbers)
             yield None, PRODUCT + i, find(formula, i, [one, *saved, one]), numbers
+
+
+def whole_kernels(formula: Formula, x: Tensor, numbers: Sequence[float]) -> Iterator[Any]:
+    """Of what keeps the inputs alone: all gradients with the value; and the rest, since where nodes know one they know all."""
+    yield from _elementwise_kernels(formula, x, numbers)
+    one = torch.zeros(16, dtype=x.dtype, device=x.device)
+    inputs = [one] * len(formula.inputs)
+    results = launch_whole(formula, one, inputs)
+    yield None, WHOLE, find(formula, "whole", [one, *inputs, *results]), ()
 
 
 def _loss_kernels(formula: Formula, x: Tensor, numbers: Sequence[float]) -> Iterator[Any]:

@@ -53,6 +53,7 @@ class Formula:
         slopes: ∂y/∂input for each input; None where there is none.
         inputs: names of the tensors.
         parameters: names of the numbers: the keyword-only arguments of value.
+        whole: whether there is a kernel for value and gradients together, for what keeps the inputs alone.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Formula:
     slopes: Sequence[Callable[..., Any] | None]
     inputs: tuple[str, ...]
     parameters: tuple[str, ...]
+    whole: bool = False
 
     def product(self, i: int, known: dict[str, Any]) -> Any:
         """g·∂y/∂input i, where ``known`` has g, the inputs, y, and the parameters by name."""
@@ -69,14 +71,16 @@ class Formula:
         return result if "g" in self.arguments[i] else known["g"] * result
 
     @staticmethod
-    def define(name: str, value: Callable[..., Any], slopes: Sequence[Callable[..., Any] | None]) -> Formula:
+    def define(
+        name: str, value: Callable[..., Any], slopes: Sequence[Callable[..., Any] | None], whole: bool = False
+    ) -> Formula:
         """Make the formula and enter it into FORMULAS, where its name must be new."""
         parameters = inspect.signature(value).parameters.values()
         inputs = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
         numbers = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         if len(slopes) != len(inputs):
             raise TypeError(f"{name} has the inputs {inputs} and {len(slopes)} slopes; give one for each, or None")
-        formula = Formula(name, value, tuple(slopes), inputs, numbers)
+        formula = Formula(name, value, tuple(slopes), inputs, numbers, whole)
         known = {*inputs, *numbers, "y", "g"}
         for i, names in enumerate(formula.arguments):
             if unknown := set(names) - known:
@@ -126,6 +130,13 @@ class Formula:
         )
 
     @functools.cached_property
+    def together(self) -> dict[str, Expression]:
+        """What the whole kernel computes of g and the inputs: the gradient of each, by its name, and the value as "y"."""
+        known = {**self.symbols, "y": self.expression}
+        products = {x: Expression.of(self.product(i, known)) for i, x in enumerate(self.inputs)}
+        return {**products, "y": self.expression}
+
+    @functools.cached_property
     def weighted(self) -> Formula:
         """weight·value, of one more input, which gets no gradient."""
         w = Expression.input("weight")
@@ -142,7 +153,7 @@ class Formula:
     @functools.cached_property
     def hash(self) -> str:
         """Identifies what was recorded: a kernel made from another formula of this name is not used."""
-        text = f"{self.inputs} {self.parameters} {self.expression} {self.products}"
+        text = f"{self.inputs} {self.parameters} {self.expression} {self.products}{' whole' if self.whole else ''}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -160,6 +171,7 @@ def pointwise(
     torch_value: Callable[..., Tensor] | None = None,
     autocast: Autocast = "off",
     holomorphic: bool = True,
+    whole: bool = False,
 ) -> Callable[..., Tensor]:
     """The differentiable function with this value and these slopes, broadcasting its inputs.
 
@@ -171,6 +183,7 @@ def pointwise(
             kernel does, integers and complex numbers too.
         autocast: see :class:`torchcalc.autograd.Function`.
         holomorphic: whether the slope of a complex input is the complex derivative; else it is the gradient.
+        whole: see :class:`Formula`.
 
     Returns:
         A function of the inputs and then the parameters, all positional.
@@ -183,7 +196,7 @@ def pointwise(
     >>> torch.autograd.grad(cube(x), x)
     (tensor(12.),)
     """
-    formula = Formula.define(name, value, slopes)
+    formula = Formula.define(name, value, slopes, whole)
     n = len(formula.inputs)
 
     def forward(*args: Any) -> Tensor:

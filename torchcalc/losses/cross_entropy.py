@@ -269,7 +269,7 @@ class CrossEntropyFunction(Function):
 
 
 class LaunchedCrossEntropyFunction(torch.autograd.Function):
-    """The same by kernels on a GPU, as bare as can be: (rows, classes) and the class of each row."""
+    """The same by kernels on a GPU, as bare as can be: (rows, classes) or (N, C, *), and the class of each sample."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, w: Tensor | None, *options: Any) -> Tensor:
@@ -299,6 +299,15 @@ def _launched(
 ) -> Tensor | None:
     """The loss by kernels on a GPU; None where they do not take the arguments."""
     if (
+        x.dim() > 2
+        and not x.is_contiguous()
+        and x.movedim(1, -1).is_contiguous()
+        and target.shape == x.shape[:1] + x.shape[2:]
+    ):
+        flat = x.movedim(1, -1).reshape(-1, x.shape[1])  # channels last: the classes of a sample lie side by side
+        found = _launched(flat, target.reshape(-1), w, ignore_index, reduction, smoothing, z_loss)
+        return found.view(target.shape) if found is not None and found.dim() else found
+    if (
         not (x.is_cuda or INTERPRETED)
         or reduction not in kernels.ROW_REDUCTIONS
         or not 0 <= smoothing <= 1
@@ -309,7 +318,7 @@ def _launched(
         or (w is not None and (not fits([w]) or (w.requires_grad and torch.is_grad_enabled())))
     ):
         return None
-    if x.is_cuda:
+    if x.is_cuda and x.dim() == 2:
         row_kernels.enter(x, target, w, ignore_index, reduction, smoothing)
     loss: Tensor = LaunchedCrossEntropyFunction.apply(x, target, w, ignore_index, reduction, smoothing, z_loss)
     return loss

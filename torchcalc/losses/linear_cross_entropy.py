@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,21 @@ from torchcalc.casts import cast
 from torchcalc.formula.launch import PLAIN
 from torchcalc.formula.launched import is_observed
 from torchcalc.formula.triton import ELEMENTS
-from torchcalc.layers.linear import linear
-from torchcalc.losses.cross_entropy import check_normalizer, check_z_loss, class_dim, cross_entropy, shares
+from torchcalc.losses.by_classes import ByClasses, chunk_of
+from torchcalc.losses.cross_entropy import check_normalizer, check_z_loss, shares
+from torchcalc.losses.head import (
+    Terms,
+    accurate,
+    add_product_,
+    check_targets,
+    even,
+    gradients_of_definition,
+    look_at,
+    no_class,
+    scaled,
+    uncap,
+    with_logits,
+)
 from torchcalc.native import gpu, row_kernels
 from torchcalc.native import pointwise as kernels
 from torchcalc.promotion import autocasts, widen
@@ -45,82 +58,6 @@ __all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy"]
 #: Logits that are there at a time, unless told otherwise: bytes on a CPU; on a GPU samples, which keep its products efficient.
 MEMORY = 64 << 20
 SAMPLES = 4096
-
-
-class Terms(NamedTuple):
-    """How the loss is taken: the arguments of cross_entropy."""
-
-    target: Any
-    class_weight: Tensor | None
-    token_weight: Tensor | None
-    normalizer: float | Tensor | None
-    ignore_index: int
-    reduction: str
-    smoothing: float
-    z_loss: float
-    softcap: float | None
-
-
-class TokenMetrics(NamedTuple):
-    """What can be said of each sample beside its loss; without derivatives. All but accuracy have the shape of the target."""
-
-    loss: Tensor  #: ℓ, without token_weight
-    log_sum_exp: Tensor  #: log Σ e^z
-    entropy: Tensor  #: -Σ p·log p, in nats
-    prediction: Tensor  #: the class of the largest logit, int64
-    accuracy: Tensor  #: 0-d: the part of the samples, ignored ones apart, whose prediction is their target
-
-
-def with_logits(
-    x: Tensor, w: Tensor, b: Tensor | None, terms: Terms, inner: tuple[int, ...] = (), metrics: bool = False
-) -> tuple[Tensor, TokenMetrics | None]:
-    """The definition. inner: the sizes of the logits' dimensions after the samples, the classes first; () for (C,)."""
-    logits = linear(x, w, b)
-    logits = logits.unflatten(-1, inner) if inner else logits
-
-    def loss_of(logits: Tensor, reduction: str, u: Tensor | None, n: float | Tensor | None) -> Tensor:
-        return cross_entropy(
-            logits,
-            terms.target,
-            terms.class_weight,
-            ignore_index=terms.ignore_index,
-            reduction=reduction,
-            label_smoothing=terms.smoothing,
-            z_loss=terms.z_loss,
-            softcap=terms.softcap,
-            token_weight=u,
-            normalizer=n,
-        )
-
-    loss = loss_of(logits, terms.reduction, terms.token_weight, terms.normalizer)
-    if not metrics:
-        return loss, None
-    with torch.no_grad():
-        losses = loss_of(logits.detach(), "none", None, None)
-        z = logits.detach() if terms.softcap is None else softcap(logits.detach(), terms.softcap)
-        return loss, accurate(losses, *look_at(z), terms)
-
-
-def look_at(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-sum-exp, the entropy and the largest logit's class of every sample; a few samples at a time."""
-    dim = class_dim(z)
-    found = []
-    for part in z.split(max(1, len(z) // 16)) if dim else [z]:
-        wide = widen(part)
-        lse = wide.logsumexp(dim, keepdim=True)
-        p = (wide - lse).exp()
-        entropy = lse.squeeze(dim) - torch.where(p == 0, 0, p * wide).sum(dim)
-        found.append((lse.squeeze(dim), entropy, part.argmax(dim)))
-    lse, entropy, prediction = (torch.cat(each) if dim else each[0] for each in zip(*found, strict=True))
-    return lse, entropy, prediction
-
-
-def accurate(losses: Tensor, lse: Tensor, entropy: Tensor, prediction: Tensor, terms: Terms) -> TokenMetrics:
-    target = terms.target
-    classes = target.argmax(class_dim(target)) if target.is_floating_point() else target
-    counts = classes != terms.ignore_index
-    accuracy = ((prediction == classes) & counts).sum() / counts.sum()
-    return TokenMetrics(losses, lse, entropy, prediction, accuracy)
 
 
 def losses_of(z: Tensor, target: Tensor, terms: Terms, share: Tensor | None) -> Tensor | None:
@@ -178,11 +115,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         nothing = (None,) * 5
         if torch.is_grad_enabled() or type(g) not in PLAIN or not torch._C._has_storage(g):
-            with torch.enable_grad():
-                arguments = [a for a, need in zip((x, w, b), needed, strict=True) if need]
-                loss = with_logits(x, w, b, terms)[0]
-            found = iter(torch.autograd.grad(loss, arguments, g, create_graph=torch.is_grad_enabled()))
-            return *(next(found) if need else None for need in needed), *nothing
+            return *gradients_of_definition(g, x, w, b, terms, needed), *nothing
         if terms.reduction == "none":
             share = widen(g) if u is None else widen(g) * u
             grads = [None if a is None else a.to(x.dtype) for a in run(x, w, b, terms, ctx.chunk, share, needed)[1]]
@@ -226,7 +159,7 @@ def run(
         target = terms.target[start:stop]
         each = losses_of(z, target, terms, part)
         if each is None:  # a target that is no class: the definition says so
-            raise IndexError(_no_class(target, classes, terms.ignore_index))
+            raise IndexError(no_class(target, classes, terms.ignore_index))
         if terms.softcap is not None and part is not None:
             whole = uncap(whole, uncapped, terms.softcap)
         losses.append(each)
@@ -238,54 +171,6 @@ def run(
             grad_b += z.sum(0, dtype=wide)
     grads = [grad_x, None if grad_w is None else grad_w[:classes], grad_b]
     return torch.cat(losses), grads, [torch.cat(each) for each in zip(*looks, strict=True)]
-
-
-def scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad·g, rounded once."""
-    if grad.dtype == dtype:
-        return grad * g
-    return torch.mul(grad, g, out=torch.empty(grad.shape, dtype=dtype, device=grad.device))
-
-
-def uncap(g: Tensor, x: Tensor, cap: float) -> Tensor:
-    """From the gradient of softcap(x) that of x."""
-    leaf = x.detach().requires_grad_()
-    with torch.enable_grad():
-        y = softcap(leaf, cap)
-    (grad,) = torch.autograd.grad(y, leaf, g)
-    return grad
-
-
-def even(w: Tensor) -> Tensor:
-    """On a GPU with more classes, of zeros, up to a multiple of 64: other sizes cuBLAS multiplies at a third of the speed.
-
-    The logits of these classes are zeros, which nothing reads as logits; and so are their gradients.
-    """
-    if not w.is_cuda or len(w) % 64 == 0:
-        return w
-    more = w.new_zeros((-len(w) % 64, *w.shape[1:]))
-    return torch.cat([w, more])
-
-
-def add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a·b, or total = a·b at first; a·b, of a half type, is not rounded to that where torch has such a product."""
-    if total.dtype == a.dtype:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif total.is_cuda and _widens:
-        torch.mm(a, b, out_dtype=total.dtype, out=total) if first else torch.addmm(
-            total, a, b, out_dtype=total.dtype, out=total
-        )
-    else:
-        total.copy_(a @ b) if first else total.add_(a @ b)
-
-
-#: Whether products of half types can be float32, on CUDA.
-_widens = "dtype_out" in torch.ops.aten.addmm.overloads() and torch.version.hip is None
-
-
-def _no_class(target: Tensor, classes: int, ignore_index: int) -> str:
-    wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
-    return f"Target {wrong[0].item()} is out of bounds."
 
 
 @leaf
@@ -306,6 +191,8 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     metrics: bool = False,
+    recompute: bool = False,
+    filter_eps: float = 0.0,
 ) -> Any:
     """cross_entropy(linear(input, linear_weight, linear_bias), target), as ``torch.nn.functional.linear_cross_entropy``.
 
@@ -330,13 +217,20 @@ def linear_cross_entropy(
         normalizer: what a mean divides by.
         metrics: also return :class:`TokenMetrics`: loss, log-sum-exp, entropy and prediction of each sample, and the accuracy.
 
+        recompute: compute the logits in backward again, by chunks of classes: beside the gradients themselves nothing larger than
+            ``memory`` and input is there at any time, for one matrix product more. Not with ``metrics``.
+        filter_eps: ε ≥ 0, with ``recompute`` alone: classes whose slopes are at most ε in size for every sample are left out of
+            backward's products. The error is bounded: ‖Δ gradient of a class's weights‖ ≤ ε·s·Σₙ‖xₙ‖, with s the largest share
+            of a sample, 1/N of a mean. 2⁻¹² is below what bfloat16 resolves. The bias's gradient is exact.
+
     Returns:
         0-d tensor, or for ``"none"`` one of shape ``(N,)``; with ``metrics`` that and the metrics.
 
     Raises:
         RuntimeError: if shapes do not fit.
         IndexError: if a target is not a class.
-        ValueError: if ``memory`` is not positive, ``reduction`` is unknown, or an argument of cross_entropy is out of its range.
+        ValueError: if ``memory`` is not positive, ``reduction`` is unknown, ``metrics`` are asked for with ``recompute`` or
+            ``filter_eps`` without it, or an argument of cross_entropy is out of its range.
 
     Differs from torch: derivatives of any order and mode, ``torch.func`` and ``torch.compile`` work; they take the logits.
 
@@ -351,6 +245,12 @@ def linear_cross_entropy(
     """
     if memory is not None and memory <= 0:
         raise ValueError(f"memory={memory}: bytes for logits, > 0, e.g. 2**26")
+    if not filter_eps >= 0 or (filter_eps and not recompute):
+        raise ValueError(
+            f"filter_eps={filter_eps}: a number ≥ 0, and above 0 only with recompute=True; 2**-12 suits bfloat16"
+        )
+    if metrics and recompute:
+        raise ValueError("metrics=True with recompute=True: their entropies need the logits once more; leave one out")
     if input.dim() not in (1, 2):
         raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
     if linear_weight.dim() < 2:
@@ -394,9 +294,9 @@ def linear_cross_entropy(
             assert x is not None and w is not None
             if takes((input, linear_weight, linear_bias), x, w, b, terms):
                 with torch.autocast(input.device.type, enabled=False):
-                    return _chunked(x, w, b, terms, memory, widen(x).dtype, metrics)
+                    return _chunked(x, w, b, terms, memory, widen(x).dtype, metrics, recompute, filter_eps)
         elif takes((), input, *flat, terms):
-            return _chunked(input, *flat, terms, memory, input.dtype, metrics)
+            return _chunked(input, *flat, terms, memory, input.dtype, metrics, recompute, filter_eps)
     loss, found = with_logits(input, *flat, terms, tuple(linear_weight.shape[:-1]) if inner else (), metrics)
     return (loss, found) if metrics else loss
 
@@ -431,15 +331,26 @@ def _is_constant(a: Tensor, x: Tensor) -> bool:
 
 
 def _chunked(
-    x: Tensor, w: Tensor, b: Tensor | None, terms: Terms, memory: int | None, dtype: torch.dtype, metrics: bool
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    terms: Terms,
+    memory: int | None,
+    dtype: torch.dtype,
+    metrics: bool,
+    recompute: bool,
+    filter_eps: float,
 ) -> Any:
+    weight = terms.class_weight
+    weight = None if weight is None else weight.to(x.dtype).contiguous()
+    terms = terms._replace(target=terms.target.contiguous(), class_weight=weight)
+    if recompute:
+        check_targets(terms.target, len(w), terms.ignore_index)
+        return ByClasses.apply(x, w, b, terms, dtype, chunk_of(x, memory), float(filter_eps))
     if memory is None and x.is_cuda:
         chunk = SAMPLES
     else:
         chunk = max(1, (MEMORY if memory is None else memory) // (len(w) * x.element_size()))
-    weight = terms.class_weight
-    weight = None if weight is None else weight.to(x.dtype).contiguous()
-    terms = terms._replace(target=terms.target.contiguous(), class_weight=weight)
     found = LinearCrossEntropyFunction.apply(x, w, b, terms, chunk, dtype, torch.is_grad_enabled(), metrics)
     if not metrics:
         return found
@@ -474,6 +385,8 @@ class LinearCrossEntropyLoss(NotScripted, _Base):
         options: Any = None,
         z_loss: float = 0.0,
         softcap: float | None = None,
+        recompute: bool = False,
+        filter_eps: float = 0.0,
     ) -> None:
         """Args: of ``torch.nn.LinearCrossEntropyLoss``, without its ``options``, and of :func:`linear_cross_entropy`."""
         if weight is not None and weight.shape != (num_classes,):
@@ -484,7 +397,7 @@ class LinearCrossEntropyLoss(NotScripted, _Base):
         self.register_buffer("weight", weight)
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
         self.num_classes, self.out_features, self.options = num_classes, out_features, options
-        self.z_loss, self.softcap = z_loss, softcap
+        self.z_loss, self.softcap, self.recompute, self.filter_eps = z_loss, softcap, recompute, filter_eps
         outputs = math.prod(out_features, start=num_classes)
         self.linear = nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
 
@@ -514,4 +427,6 @@ class LinearCrossEntropyLoss(NotScripted, _Base):
             token_weight=token_weight,
             normalizer=normalizer,
             metrics=metrics,
+            recompute=self.recompute,
+            filter_eps=self.filter_eps,
         )

@@ -60,7 +60,9 @@ def rows() -> Any:
 
     cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, z_loss), softmax(input, dim, log),
     rms_norm(input, residual, weight, normalized_shape, eps), layer_norm(input, weight, bias, normalized_shape, eps),
-    group_norm(input, weight, bias, num_groups, eps).
+    group_norm(input, weight, bias, num_groups, eps), attention(query, key, value, mask, causal, scale, grouped),
+    mlp(place, input, weight, bias, up_weight, up_bias, down_weight, down_bias, recompute),
+    embedding(weight, index, padding or -1, by_frequency, sparse, scale), dropout(input, p).
     """
     return _nodes if _connect() else None
 
@@ -96,7 +98,7 @@ _library: Any = None
 def _register_second_derivatives() -> None:
     global _library
     from torchcalc.formula.pointwise import FORMULAS, gradients
-    from torchcalc.layers import group_norm, layer_norm, rms_norm, softmax
+    from torchcalc.layers import attention, dropout, embedding, group_norm, layer_norm, mlp, rms_norm, softmax
     from torchcalc.losses.cross_entropy import gradients as cross_entropy_gradients
     from torchcalc.promotion import like, widen
 
@@ -176,6 +178,42 @@ def _register_second_derivatives() -> None:
             m, r = group_norm.statistics(x, groups, eps)
         return given(group_norm.gradients(g, None, None, x, m, r, w, b, groups, needed))
 
+    def attention_backward(
+        g: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        return given(attention.backward(g, q, k, v, mask, causal, scale, (*needed, False)))
+
+    def mlp_backward(
+        name: str,
+        g: Tensor,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        w_up: Tensor | None,
+        b_up: Tensor | None,
+        w_down: Tensor,
+        b_down: Tensor | None,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        parts = w, b, w_up, b_up, w_down, b_down
+        hidden = mlp.hidden_of(x, parts)
+        return given(mlp.gradients(FORMULAS[name], g, [None] * len(hidden), x, parts, hidden, needed))
+
+    def embedding_backward(
+        g: Tensor, index: Tensor, rows: int, padding: int, by_frequency: bool, sparse: bool, scale: float
+    ) -> Tensor:
+        return embedding.gradient(g, index, rows, padding, by_frequency, sparse, scale)
+
+    def dropout_backward(g: Tensor, keep: Tensor, p: float) -> Tensor:
+        return dropout.kept(g, keep, p)
+
     _library = torch.library.Library("torchcalc_nodes", "FRAGMENT")
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Batched"):  # vmap's two kinds too
         for backward in (
@@ -185,5 +223,9 @@ def _register_second_derivatives() -> None:
             rms_norm_backward,
             layer_norm_backward,
             group_norm_backward,
+            attention_backward,
+            mlp_backward,
+            embedding_backward,
+            dropout_backward,
         ):
             _library.impl(backward.__name__, backward, key)

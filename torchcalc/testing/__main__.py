@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import multiprocessing
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import torchcalc.testing
 from torchcalc.testing.registry import CHECKS, Kind
 from torchcalc.testing.report import Report
+from torchcalc.testing.runs import apart
 
 
 def said(error: BaseException) -> str:
@@ -151,21 +153,23 @@ def check(options: argparse.Namespace) -> Report:
     subject = load(options.subject)
     reference = load(options.reference) if options.reference else None
     kind = options.kind or kind_of(subject)
+    how: dict[str, Any] = dict(seconds=options.seconds, isolate=options.isolate and not torch.cuda.is_initialized())
     include = names(options.include) if options.include else None
     exclude = names(options.exclude) if options.exclude else ()
     if kind == "optimizer":
         return torchcalc.testing.check_optimizer(
-            subject, reference, include=include, exclude=exclude, compile=options.compile
+            subject, reference, include=include, exclude=exclude, compile=options.compile, **how
         )
     subject, inputs = instance(options.subject, subject), examples(kind, options.input)
-    try_it(options.subject, subject, inputs)
     if reference is not None:
         reference = instance(options.reference, reference)
-        try_it(options.reference, reference, inputs)
+    for path, fn in ((options.subject, subject), (options.reference, reference)):
+        if fn is not None:
+            apart(try_it, path, fn, inputs) if how["isolate"] else try_it(path, fn, inputs)
     run = torchcalc.testing.check_loss if kind == "loss" else torchcalc.testing.check_function
     return run(
         subject, *inputs, reference=reference, wrt=indices(options.wrt) if options.wrt else None,
-        include=include, exclude=exclude, compile=options.compile, name=options.subject,
+        include=include, exclude=exclude, compile=options.compile, name=options.subject, **how,
     )  # fmt: skip
 
 
@@ -192,6 +196,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--include", metavar="NAME,...", help="run only these checks")
     parser.add_argument("--exclude", metavar="NAME,...", help="leave these checks out")
     parser.add_argument("--compile", action="store_true", help="run the checks that compile too")
+    parser.add_argument("--seconds", type=float, metavar="N", help="the time budget; the rest is not checked")
+    parser.add_argument(
+        "--isolate", action=argparse.BooleanOptionalAction, default="fork" in multiprocessing.get_all_start_methods(),
+        help="run in a process of its own, so that what aborts is a finding",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--list", action="store_true", help="list the checks")
     options = parser.parse_args(arguments)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
     contract,
     layouts,
     storage,
+    kernels,
     extremes,
     precision,
     side_effects,
@@ -33,10 +34,13 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
 )
 
 # isort: on
-from torchcalc.testing.registry import Kind, run, select
-from torchcalc.testing.report import Report
+from torchcalc.testing.belongings import untouched
+from torchcalc.testing.handed import opaque
+from torchcalc.testing.registry import Check, Kind, select
+from torchcalc.testing.report import Finding, Report
+from torchcalc.testing.runs import Tell, play, run
 from torchcalc.testing.settings import left_alone, restore, settings
-from torchcalc.testing.subject import Subject, make_subject
+from torchcalc.testing.subject import CALLERS_DEVICE, Subject, make_subject
 
 __all__ = ["assert_function", "assert_loss", "check_function", "check_loss"]
 
@@ -51,6 +55,8 @@ def check_function(
     compile: bool = False,
     progress: bool | None = None,
     name: str | None = None,
+    seconds: float | None = None,
+    isolate: bool = False,
 ) -> Report:
     """Check the derivatives and the contract of a differentiable function; the global RNG is left as it was.
 
@@ -67,18 +73,22 @@ def check_function(
         compile: run the checks that compile as well; they take seconds.
         progress: show progress on stderr; by default on a terminal.
         name: what the report is headed with.
+        seconds: the time budget; checks that would start later are "not checked".
+        isolate: run in a process of its own, so that a kernel that aborts is a finding and not the end.
 
     Returns:
-        A report that is true when there are no errors, and prints as a table.
+        A report that is true when there are no errors, and prints on one screen.
 
     Raises:
-        ValueError: no input is a float tensor; ``wrt`` or a name of a check is wrong.
+        ValueError: no input is a float tensor, or one is sparse or on meta; ``wrt`` or a name of a check is wrong.
+        RuntimeError: ``isolate`` where no process can be forked: on Windows, or after CUDA was used.
 
     >>> report = check_function(torch.tanh, torch.linspace(-1, 1, 6), include=["gradient", "adjoint"])
     >>> bool(report), [f.verdict for f in report]
     (True, ['ok', 'ok'])
     """
-    return _check(("function",), fn, inputs, reference, wrt, include, exclude, compile, progress, name)
+    how: dict[str, Any] = dict(progress=progress, seconds=seconds, isolate=isolate)
+    return _check(("function",), fn, inputs, reference, wrt, include, exclude, compile, name, how)
 
 
 def check_loss(
@@ -91,6 +101,8 @@ def check_loss(
     compile: bool = False,
     progress: bool | None = None,
     name: str | None = None,
+    seconds: float | None = None,
+    isolate: bool = False,
 ) -> Report:
     """:func:`check_function`, and what only losses have: reductions, ignore_index, weights, micro-batches, and so on.
 
@@ -98,13 +110,14 @@ def check_loss(
         loss: a module or a function of (input, target, ...). Its options ``reduction``, ``ignore_index``, ``weight``,
             ``pos_weight`` and ``label_smoothing`` are found by name, and checked if they are there.
         *inputs: example arguments; the first dimension is that of the samples.
-        reference, wrt, include, exclude, compile, progress, name: as for :func:`check_function`.
+        reference, wrt, include, exclude, compile, progress, name, seconds, isolate: as for :func:`check_function`.
 
     >>> report = check_loss(torch.nn.MSELoss(), torch.rand(4, 3), torch.rand(4, 3), include=["gradient", "reductions"])
     >>> bool(report)
     True
     """
-    return _check(("function", "loss"), loss, inputs, reference, wrt, include, exclude, compile, progress, name)
+    how: dict[str, Any] = dict(progress=progress, seconds=seconds, isolate=isolate)
+    return _check(("function", "loss"), loss, inputs, reference, wrt, include, exclude, compile, name, how)
 
 
 def assert_function(fn: Callable[..., Any], *inputs: Any, **options: Any) -> Report:
@@ -134,25 +147,50 @@ def assert_loss(loss: Callable[..., Any], *inputs: Any, **options: Any) -> Repor
 
 def _check(
     kinds: tuple[Kind, ...], fn: Any, inputs: Sequence[Any], reference: Any, wrt: Any, include: Any, exclude: Any,
-    compile: bool, progress: bool | None, name: str | None,
+    compile: bool, name: str | None, how: dict[str, Any],
 ) -> Report:  # fmt: skip
-    checks = select(kinds, include, exclude, compile)
-    with surroundings(inputs):
-        subject = prepare(fn, inputs, reference, wrt, name)
-        return run(subject.name, checks, subject.fresh, progress)
+    def job(checks: Sequence[Check], tell: Tell, until: float) -> None:
+        with surroundings(inputs), untouched(fn, reference, inputs):
+            subject = prepare(fn, inputs, reference, wrt, name)
+
+            def located(kind: str, value: Any) -> None:
+                tell(kind, explained(subject, value) if kind == "end" else value)
+
+            play(subject.name, checks, subject.fresh, located, until)
+
+    return run(job, select(kinds, include, exclude, compile), **how)
+
+
+def explained(subject: Subject, finding: Finding) -> Finding:
+    """The finding with the place of the backward; a note, where it is torch that drops a derivative."""
+    if finding.verdict != "error":
+        return finding
+    kind = opaque(subject.given)
+    if kind and "silently zero" in finding.cause and finding.check in ("adjoint", "forward mode", "func.jvp"):
+        text = f"through {kind} torch gives no tangent, and says nothing: forward mode is zero\n{finding.diagnosis}"
+        return replace(finding, verdict="note", diagnosis=text)
+    if not subject.backward_at:
+        return finding
+    text = f"{finding.diagnosis}\n{subject.backward_at}"
+    return replace(finding, diagnosis=text, details={**finding.details, "backward": subject.backward_at})
 
 
 @contextmanager
 def surroundings(inputs: Sequence[Any]) -> Iterator[None]:
     """Grad mode on, and one thread, for examples are small; afterwards generators and threads are as they were."""
     devices = {x.device.index or 0 for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine waiting for a second one takes 20 times as long as a small batch_norm
-    try:
-        with left_alone(), torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+    default = torch.get_default_device()
+    token = CALLERS_DEVICE.set(default if default.type != "cpu" else None)
+    with left_alone(), torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+        torch.set_num_threads(1)  # on a busy machine waiting for a second one takes 20 times as long as a batch_norm
+        if default.type != "cpu":  # a mode that slows every call: not set in vain
+            torch.set_default_device("cpu")
+        try:
             yield
-    finally:
-        torch.set_num_threads(threads)
+        finally:
+            CALLERS_DEVICE.reset(token)
+            if default.type != "cpu":
+                torch.set_default_device(default)
 
 
 def prepare(fn: Any, inputs: Sequence[Any], reference: Any, wrt: Any, name: str | None) -> Subject:
@@ -161,4 +199,4 @@ def prepare(fn: Any, inputs: Sequence[Any], reference: Any, wrt: Any, name: str 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         subject = make_subject(fn, inputs, reference, wrt, name)
-    return dataclasses.replace(subject, disturbed=tuple(restore(before)))
+    return replace(subject, disturbed=tuple(restore(before)))

@@ -43,6 +43,8 @@ def pointwise(subject: Subject, inputs: Sequence[Any], i: int) -> bool:
     like = [k for k, y in enumerate(inputs) if isinstance(y, Tensor) and y.shape == x.shape]
     if subject.random or x.numel() < 2 or i in subject.complex:
         return False
+    if like[-1] >= subject.handed:  # a module's own parameter: nobody gives it another shape
+        return False
 
     def changed(change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         return subject.call(*(change(y) if k in like else y for k, y in enumerate(inputs)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torchcalc.testing.functions import prepare, surroundings
+from torchcalc.testing.belongings import untouched
+from torchcalc.testing.functions import explained, prepare, surroundings
 from torchcalc.testing.registry import Check, Kind, run_one, select
 from torchcalc.testing.report import Report
 
@@ -65,11 +66,11 @@ def _test(
 
     @pytest.mark.parametrize("check", checks, ids=[c.name.replace(" ", "_") for c in checks])
     def test(check: Check) -> None:
-        with surroundings(inputs):
+        with surroundings(inputs), untouched(fn, reference, inputs):
             subject = prepare(fn, inputs, reference, wrt, name)
-            finding = run_one(check, subject.fresh)
+            finding = explained(subject, run_one(check, subject.fresh))
         Report(subject.name, (finding,)).raise_errors()
-        if finding.verdict == "skipped":
+        if finding.verdict in ("skipped", "not checked"):
             pytest.skip(finding.diagnosis)
 
     return test

@@ -100,10 +100,7 @@ def glance(subject: Subject, inputs: Sequence[Any], where: str) -> Finding:
 
 def handed(subject: Subject) -> tuple[int, ...]:
     """The differentiable inputs that the caller gave; the others are a module's own parameters."""
-    count = len(subject.inputs)
-    if isinstance(subject.given, torch.nn.Module):
-        count -= len(list(subject.given.parameters()))
-    return tuple(i for i in subject.wrt if i < count) or subject.wrt[:1]
+    return tuple(i for i in subject.wrt if i < subject.handed) or subject.wrt[:1]
 
 
 def scaled(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:

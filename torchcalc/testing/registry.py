@@ -10,17 +10,16 @@ exception out of a check is a finding too: an error, with the exception as its d
 
 from __future__ import annotations
 
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torchcalc.testing.report import Finding, Report
+from torchcalc.testing.report import Finding
 from torchcalc.testing.settings import left_alone
 
-__all__ = ["CHECKS", "Check", "Skip", "check", "run", "select"]
+__all__ = ["CHECKS", "Check", "Skip", "check", "run_one", "select"]
 
 Kind = Literal["function", "loss", "optimizer"]
 
@@ -72,19 +71,6 @@ def select(
     if include is not None:
         return [c for c in there if c.name in set(include) - set(exclude)]
     return [c for c in there if c.name not in set(exclude) and (slow or not c.slow)]
-
-
-def run(subject: str, checks: list[Check], fresh: Callable[[], Any], progress: bool | None = None) -> Report:
-    """Run checks, each on a fresh subject; progress is shown on a terminal unless it is said otherwise."""
-    progress = sys.stderr.isatty() if progress is None else progress
-    findings: list[Finding] = []
-    for i, c in enumerate(checks):
-        if progress:
-            print(f"\r\033[K{subject}: {c.name} ({i + 1}/{len(checks)})", end="", file=sys.stderr, flush=True)
-        findings.append(run_one(c, fresh))
-    if progress:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-    return Report(subject, tuple(findings))
 
 
 def run_one(c: Check, fresh: Callable[[], Any]) -> Finding:

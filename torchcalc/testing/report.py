@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 __all__ = ["Finding", "Report", "Verdict"]
 
 Verdict = Literal["ok", "error", "note", "skipped", "not checked"]
-SYMBOLS = {"ok": "ok", "error": "ERROR", "note": "note", "skipped": "-", "not checked": "?"}
+WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,16 @@ class Finding:
 class Report:
     """All findings about one subject; true when none is an error.
 
-    >>> report = Report("f", (Finding("gradient", "error", "0.5", "analytic is half", "constant ratio 0.5"),))
+    >>> wrong = Finding("gradient", "error", "0.5", "analytic is half", "constant ratio 0.5")
+    >>> report = Report("f", (Finding("shapes"), wrong, Finding("kinks", "skipped", diagnosis="no kinks")))
     >>> bool(report), report.errors[0].cause
     (False, 'constant ratio 0.5')
+    >>> print(report)
+    f: 1 error, 1 held, 1 without application
+      ERROR  gradient: 0.5 [constant ratio 0.5]
+             analytic is half
+      held: shapes
+      does not apply: kinks: no kinks
     """
 
     subject: str
@@ -72,18 +80,39 @@ class Report:
         return tuple(f for f in self.findings if f.verdict == "note")
 
     def __str__(self) -> str:
-        width = max([len(f.check) for f in self.findings] + [5])
-        lines = [self.subject, f"  {'check':<{width}}  verdict  figure"]
-        for f in self.findings:
-            reason = f.diagnosis if f.verdict in ("skipped", "not checked") else f.figure
-            lines.append(f"  {f.check:<{width}}  {SYMBOLS[f.verdict]:<7}  {reason}".rstrip())
-            if f.verdict in ("error", "note"):
-                cause = f"[{f.cause}] " if f.cause else ""
-                lines += [f"      {line}" for line in (cause + f.diagnosis).splitlines()]
-        counts = {v: sum(f.verdict == v for f in self.findings) for v in SYMBOLS}
-        names = {"ok": "passed", "error": "errors", "note": "notes", "skipped": "skipped", "not checked": "not checked"}
-        lines.append("  " + ", ".join(f"{counts[v]} {names[v]}" for v in names if counts[v] or v == "ok"))
+        """One screen: what is wrong first, then what is weak, what held, and what was not checked, with the reason."""
+        places = {str(f.details.get("backward", "")) for f in self.errors}
+        place = places.pop() if len(places) == 1 else ""  # said once, not beside every error
+        lines = [f"{self.subject}: {self.verdict()}", *([f"  {place}"] if place else [])]
+        for f in self.errors:
+            lines += _entry("ERROR", f.check, f, f.diagnosis.removesuffix(f"\n{place}").splitlines(), 4)
+        alike: dict[str, list[Finding]] = {}
+        for f in self.notes:
+            alike.setdefault(f.diagnosis, []).append(f)
+        for first, *others in alike.values():
+            names = ", ".join(f.check for f in (first, *others))
+            lines += _entry("note", names, first, first.diagnosis.splitlines()[:1], 2)
+        lines += _listed("held", ", ".join(f.check for f in self if f.verdict == "ok"))
+        for verdict, title in (("not checked", "not checked"), ("skipped", "does not apply")):
+            reasons: dict[str, list[str]] = {}
+            for f in self:
+                if f.verdict == verdict:
+                    reasons.setdefault(textwrap.shorten(f.diagnosis, 100, placeholder=" ..."), []).append(f.check)
+            lines += _listed(title, "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items()))
         return "\n".join(lines)
+
+    def verdict(self) -> str:
+        """The counts in words: "2 errors, 30 held, 3 not checked"."""
+        names = {
+            "error": "error",
+            "note": "note",
+            "ok": "held",
+            "not checked": "not checked",
+            "skipped": "without application",
+        }
+        counts = {v: sum(f.verdict == v for f in self) for v in names}
+        plural = {v: "s" if v in ("error", "note") and counts[v] != 1 else "" for v in names}
+        return ", ".join(f"{counts[v]} {names[v]}{plural[v]}" for v in names if counts[v] or v in ("error", "ok"))
 
     def json(self) -> str:
         """The report as JSON text."""
@@ -95,3 +124,24 @@ class Report:
         """Raise AssertionError with the table as its message, if there are errors."""
         if not self:
             raise AssertionError(str(self))
+
+
+def _entry(symbol: str, names: str, f: Finding, said: list[str], most: int) -> list[str]:
+    """An error or a note, with so many lines of each paragraph of its diagnosis."""
+    cause = f" [{f.cause}]" if f.cause else ""
+    lines = [f"  {symbol:<6} {names}: {f.figure}{cause}"]
+    return lines + [f"         {line}" for text in said for line in _wrapped(text, most)]
+
+
+def _wrapped(text: str, most: int) -> list[str]:
+    """The text in lines of at most WIDTH, cut after so many: the JSON form has it whole."""
+    lines = textwrap.wrap(text, WIDTH - 9, break_long_words=False, break_on_hyphens=False) or [""]
+    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]} ..."]
+
+
+def _listed(title: str, text: str) -> list[str]:
+    """A heading and what follows it, wrapped."""
+    if not text:
+        return []
+    first = f"  {title}: "
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent="    ", break_on_hyphens=False)

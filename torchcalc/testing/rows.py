@@ -188,8 +188,7 @@ def no_rows(subject: Subject) -> Finding | None:
     need_derivatives(subject)
     inputs = subject.floats()
     n, _ = batched(subject, inputs)
-    count = len(inputs) - (len(list(subject.given.parameters())) if isinstance(subject.given, torch.nn.Module) else 0)
-    cut = [k for k, x in enumerate(inputs[:count]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == n]
+    cut = [k for k, x in enumerate(inputs[: subject.handed]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == n]
     none = [x[:0] if k in cut else x for k, x in enumerate(inputs)]
     outputs = subject.call(*subject.leaves(inputs, subject.wrt))
     if not custom(outputs):

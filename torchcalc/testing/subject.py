@@ -7,8 +7,9 @@ only the outputs that carry a derivative are looked at. Everything drawn comes f
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from torchcalc.testing.handed import backward_of, is_float, module_call, name_of, parameters_of, refuse
+
 __all__ = ["Subject", "is_float", "make_subject", "name_of", "normal"]
 
 Call = Callable[..., Any]
@@ -24,9 +27,11 @@ Tensors = tuple[Tensor, ...]
 # what an unsupported use may raise; others are slips
 CLEAR = (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
+CALLERS_DEVICE: ContextVar[torch.device | None] = ContextVar("CALLERS_DEVICE", default=None)
 
-def is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+def dense(x: Tensor) -> Tensor:
+    return x if x.layout == torch.strided else x.to_dense()
 
 
 def said(error: Exception) -> str:
@@ -40,22 +45,6 @@ def normal(like: Tensor, seed: int) -> Tensor:
     size = torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
     sign = torch.randint(2, like.shape, generator=generator, device="cpu") * 2 - 1
     return (size * sign).to(like.device, like.dtype)
-
-
-def name_of(fn: Any) -> str:
-    """
-    >>> name_of(partial(torch.nn.functional.gelu, approximate="tanh"))
-    "gelu(approximate='tanh')"
-    """
-    if isinstance(fn, partial):
-        options = [repr(a) for a in fn.args] + [f"{k}={v!r}" for k, v in fn.keywords.items()]
-        return f"{name_of(fn.func)}({', '.join(options)})"
-    if isinstance(fn, nn.Module):
-        return repr(fn).partition("\n")[0]
-    owner = getattr(fn, "__self__", None)
-    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
-        return f"{owner.__name__}.apply"
-    return getattr(fn, "__name__", None) or type(fn).__name__
 
 
 @dataclass(frozen=True)
@@ -74,6 +63,8 @@ class Subject:
         random: whether two calls differ, and the seed is therefore set at each call.
         exact: the dtype in which derivatives are checked: float64 where the function takes it.
         complex: indices of the inputs that are complex, given as pairs of real numbers.
+        handed: how many inputs were handed in; those after them are a module's parameters.
+        device: the caller's default device, where it is not the CPU: the function runs under it, the checks do not.
     """
 
     name: str
@@ -88,6 +79,9 @@ class Subject:
     exact: torch.dtype = torch.float64
     complex: tuple[int, ...] = ()
     given: Any = None  # what the user passed: a module, a partial, ...
+    handed: int = 0
+    backward_at: str = ""  # file and line of the backward, as far as there is one
+    device: torch.device | None = None
     disturbed: tuple[str, ...] = ()  # global settings that the first calls changed
     drifts: bool = False  # whether calls from one seed differ
 
@@ -111,7 +105,8 @@ class Subject:
             inputs = tuple(
                 torch.complex(x[..., 0], x[..., 1]) if i in self.complex else x for i, x in enumerate(inputs)
             )
-        found = [t for t in tree_leaves((fn or self.fn)(*inputs)) if is_float(t)]
+        with self.device or nullcontext():
+            found = [dense(t) for t in tree_leaves((fn or self.fn)(*inputs)) if is_float(t)]
         return tuple(
             torch.view_as_real(found[i].resolve_conj()) if found[i].is_complex() else found[i] for i in self.kept
         )
@@ -178,13 +173,6 @@ class Subject:
         return replace(self, fn=call)
 
 
-def parameters_of(fn: Any) -> dict[str, inspect.Parameter]:
-    try:
-        return dict(inspect.signature(fn).parameters)
-    except (TypeError, ValueError):
-        return {}
-
-
 def reseed(inputs: Sequence[Any]) -> None:
     """Seed the generators that a call may draw from; the caller of the checks gets them back as they were."""
     torch.default_generator.manual_seed(0)  # torch.manual_seed asks every backend, slowly
@@ -209,7 +197,7 @@ def pull(
         grads = tuple(x.grad for x in leaves)  # type: ignore[misc]
         for x in leaves:
             x.grad = None
-    return tuple(g.to_dense() if g is not None and g.layout != torch.strided else g for g in grads)
+    return tuple(None if g is None else dense(g) for g in grads)
 
 
 def dot(xs: Sequence[Tensor | None], ys: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -223,11 +211,14 @@ def make_subject(
     """Look at a callable and its inputs: what is differentiable, random, complex, and whether it takes float64.
 
     Raises:
-        ValueError: no input is a float tensor, or ``wrt`` names one that is not.
+        ValueError: no input is a float tensor, one is sparse or has no values, or ``wrt`` names one that is not.
     """
     given, count = fn, len(inputs)
     names = [n for n, p in parameters_of(fn).items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names = [*names, *[""] * count][:count]
+    for i, x in enumerate(inputs):
+        if isinstance(x, Tensor):
+            refuse(i, x)
     inputs = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
     if isinstance(fn, nn.Module):
         parameters = dict(fn.named_parameters())
@@ -244,25 +235,9 @@ def make_subject(
     inputs = [torch.view_as_real(x.resolve_conj()) if i in complex_ else x for i, x in enumerate(inputs)]
     subject = Subject(
         name or name_of(given), fn, tuple(inputs), tuple(names), tuple(floats if wrt is None else wrt), reference,
-        complex=complex_, given=given,
+        complex=complex_, given=given, handed=count, device=CALLERS_DEVICE.get(),
     )  # fmt: skip
     return probe(subject)
-
-
-def module_call(module: nn.Module, count: int) -> Call:
-    """The module as a function of its inputs and parameters; its buffers are copied at each call."""
-    names = [n for n, _ in module.named_parameters()]
-
-    def call(*inputs: Any) -> Any:
-        dtype = next((x.dtype for x in inputs if is_float(x)), torch.float32)
-        buffers = {
-            n: b.to(dtype) if is_float(b) and is_float(inputs[0]) else b.clone() for n, b in module.named_buffers()
-        }
-        state = {**buffers, **dict(zip(names, inputs[count:], strict=True))}
-        return torch.func.functional_call(module, state, inputs[:count])
-
-    call.__name__ = name_of(module)
-    return call
 
 
 def probe(subject: Subject) -> Subject:
@@ -288,7 +263,7 @@ def probe(subject: Subject) -> Subject:
     wrt = tuple(i for i in subject.wrt if i not in refused)
     outputs = subject.call(*subject.leaves(subject.floats(), wrt))
     carrying = tuple(i for i in kept if outputs[i].requires_grad)
-    return replace(subject, wrt=wrt, refused=refused, kept=carrying or kept)
+    return replace(subject, wrt=wrt, refused=refused, kept=carrying or kept, backward_at=backward_of(outputs))
 
 
 def raw(subject: Subject) -> Any:

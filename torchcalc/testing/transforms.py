@@ -28,7 +28,7 @@ from torchcalc.testing.numeric import (
 )
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.subject import CLEAR, Subject, dot, normal, pull
+from torchcalc.testing.subject import CLEAR, Subject, dense, dot, normal, pull
 
 
 def eager(call: Scalar, xs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -47,7 +47,7 @@ def func_grad(subject: Subject) -> Finding | None:
     call, xs = weighted_sum(subject, subject.floats())
     need_the_same_draws(subject, call, xs)
     try:
-        grads = torch.func.grad(call, tuple(range(len(xs))))(*xs)
+        grads = tuple(map(dense, torch.func.grad(call, tuple(range(len(xs))))(*xs)))
     except CLEAR as error:
         return unsupported("torch.func.grad", error)
     return agree(subject, "by torch.func.grad", grads, zeros_for_none(eager(call, xs), xs), ("func.grad", "autograd"))

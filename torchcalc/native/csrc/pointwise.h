@@ -31,13 +31,14 @@ struct Kernel {
 };
 
 // y = value(inputs). The gradient of input i is product[i] of (g, inputs..., y), where g is that of y; joint gives those of all
-// inputs that have one, in order, where these are several.
+// inputs that have one, in order, where these are several; whole gives those of all inputs and then y, and does not read y.
 struct Formula {
   const char* name;
   const char* hash;  // of what was recorded
   int inputs;
   Kernel value;
   Kernel joint;
+  Kernel whole;  // without functions where nobody asked for it
   Kernel product[max_inputs];  // without functions where there is no derivative
 };
 

@@ -427,6 +427,6 @@ void cross_entropy_backward(const CrossEntropy& rows, const void* share, double 
 
 }  // namespace
 
-const RowKernels row_kernels{cross_entropy, cross_entropy_backward, norm, norm_backward};
+const RowKernels row_kernels{cross_entropy, cross_entropy_backward, norm, norm_backward, dropout};
 
 }  // namespace torchcalc

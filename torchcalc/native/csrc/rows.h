@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "dropout.h"
 #include "norms.h"
 #include "pointwise.h"
 
@@ -31,7 +32,7 @@ struct CrossEntropy {
   int64_t at(int64_t sample) const { return sample / inner * of_outer + sample % inner * of_inner; }
 };
 
-// Of this file and of norms.h.
+// Of this file, of norms.h and dropout.h.
 struct RowKernels {
   // Writes the statistics, and each sample's loss. False, and nothing of use written, where a target is not a class.
   bool (*cross_entropy)(const CrossEntropy&, double* losses);
@@ -39,6 +40,7 @@ struct RowKernels {
   void (*cross_entropy_backward)(const CrossEntropy&, const void* share, double scale, char* grad);
   void (*norm)(const Norm&, char* y, char* sum);
   void (*norm_backward)(const Norm&, const NormGradient&);
+  void (*dropout)(Number, int64_t n, const char* x, const uint8_t* keep, double p, char* y);
 };
 
 extern const RowKernels row_kernels;

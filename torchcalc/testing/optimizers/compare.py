@@ -84,17 +84,29 @@ class Mismatch:
         }
 
 
-def parting(expected: Play, found: Play, factor: float = 1.0) -> Mismatch | None:
-    """Where two runs part; None if they agree to rounding, in the coarser of their dtypes."""
+def parting(expected: Play, found: Play, factor: float = 1.0, each: bool = False) -> Mismatch | None:
+    """Where two runs part; None if they agree to rounding, in the coarser of their dtypes.
+
+    Args:
+        expected, found: the runs.
+        factor: how many times the rounding that is derived may be reached.
+        each: judge each element by the length of its own way; by default by the largest element of its parameter.
+    """
     assert len(expected) == len(found)
+    sizes: list[Any] = [0.0] * len(expected[0])
     for t in range(len(expected)):
         worst, place = 1.0, None
         for i, (x, y) in enumerate(zip(expected[t], found[t], strict=True)):
             if not x.numel():
                 continue
             epsilon = max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps)
-            size = max(float(e[i].abs().max().nan_to_num(0.0, 0.0, 0.0)) for e in expected[: t + 1])
-            allowed = factor * (8 + 4 * t) * epsilon * max(size, 1e-30)
+            if each:
+                gone = _wide(x) - _wide(expected[t - 1][i]) if t else _wide(x)
+                sizes[i] = sizes[i] + gone.abs().nan_to_num(0.0, 0.0, 0.0)
+            else:
+                sizes[i] = max(sizes[i], float(x.abs().max().nan_to_num(0.0, 0.0, 0.0)))
+            least = 1e-300 if each else 1e-30
+            allowed = factor * (8 + 4 * t) * epsilon * (sizes[i] + least if each else max(sizes[i], least))
             off = _distance(x, y) / allowed
             if float(off.max()) > worst:
                 worst, place = float(off.max()), (i, allowed, off)
@@ -103,9 +115,8 @@ def parting(expected: Play, found: Play, factor: float = 1.0) -> Mismatch | None
             x, y = _wide(expected[t][i]), _wide(found[t][i])
             index = tuple(int(k) for k in torch.unravel_index(off.argmax(), off.shape))
             before, before_found = _wide(expected[max(t - 1, 0)][i]), _wide(found[max(t - 1, 0)][i])
-            return Mismatch(
-                t, i, index, x[index].item(), y[index].item(), allowed, off > 1, x - before, y - before_found
-            )
+            most = float(allowed[index]) if isinstance(allowed, Tensor) else allowed
+            return Mismatch(t, i, index, x[index].item(), y[index].item(), most, off > 1, x - before, y - before_found)
     return None
 
 

@@ -111,7 +111,8 @@ def hooks(subject: OptimizerSubject) -> Finding | None:
     seen: list[str] = []
 
     def record(name: str) -> Any:
-        return lambda who, args, kwargs: seen.append(name)
+        # An optimizer that wraps another one runs the global hooks of both.
+        return lambda who, args, kwargs: seen.append(name) if who is optimizer else None
 
     handles = [
         register_optimizer_step_pre_hook(record("global pre")),
@@ -143,7 +144,7 @@ def hooks(subject: OptimizerSubject) -> Finding | None:
 @check("optimizer", "gradients kept")
 def gradients_kept(subject: OptimizerSubject) -> Finding:
     """The step does not write to p.grad, nor replace it."""
-    tried = [(torch.float64, v) for v in variants(subject)] + [(torch.float32, {}), (torch.bfloat16, {})]
+    tried = [(subject.exact, v) for v in variants(subject)] + [(dtype, {}) for dtype in subject.dtypes[1:]]
     for dtype, variant in tried:
         for name, way in subject.each_way():
             params = subject.parameters(dtype)
@@ -192,9 +193,13 @@ def zero_grad(subject: OptimizerSubject) -> Finding | None:
     optimizer.zero_grad(set_to_none=False)
     if any(p.grad is not g or g is None or bool(g.any()) for p, g in zip(params, kept, strict=True)):
         return error("zero_grad", "zero_grad(set_to_none=False)", "gradients are not zeroed in place")
+    set_gradients(params, gradients(params, 1)[0])
     optimizer.zero_grad()
+    if any(p.grad is not None and bool(p.grad.any()) for p in params):
+        return error("zero_grad", "zero_grad()", "gradients are neither None nor zero after zero_grad()")
     if any(p.grad is not None for p in params):
-        return error("zero_grad", "zero_grad()", "gradients are not None after zero_grad()")
+        text = "zero_grad() keeps the gradients' memory, filled with zeros; torch's sets them to None"
+        return Finding("zero_grad", "note", "kept", text, "gradients kept as zeros")
     return None
 
 

@@ -28,7 +28,7 @@ def implementations(subject: OptimizerSubject) -> Finding:
         raise Skip("its options say foreach=False" if loop else "it has neither foreach nor fused")
     compared: list[str] = []
     note: Finding | None = None
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    for dtype in (d for d in subject.dtypes if d != torch.float16):
         if dtype == torch.bfloat16 and subject.is_random:
             continue
         params = [
@@ -99,7 +99,7 @@ def determinism(subject: OptimizerSubject) -> Finding:
                 finding = failed("determinism", f"the same again{name}", m)
                 cause = "differs from run to run, with torch's generators seeded"
                 return Finding("determinism", "error", finding.figure, finding.diagnosis, cause, finding.details)
-    return Finding("determinism")
+    return Finding("determinism", figure="its noise at its mean, as in all checks" if subject.is_noisy else "")
 
 
 def recorded(
@@ -163,7 +163,7 @@ def _derivative_error(subject: OptimizerSubject, way: dict[str, Any]) -> str:
     inputs = [params[0].detach().clone(), *(g for (g,) in grads)]
     generator = torch.Generator().manual_seed(5)
     direction = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in inputs]
-    weight = torch.randn(params[0].shape, generator=generator, dtype=torch.float64)
+    weight = torch.randn(params[0].shape, generator=generator, dtype=params[0].dtype)
 
     def end(xs: list[Tensor]) -> Tensor:
         (p,) = recorded(subject, xs[:1], [[x] for x in xs[1:]], **way)

@@ -44,7 +44,7 @@ def starting(subject: OptimizerSubject) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     shapes = subject.shapes(BIG)
     shapes = shapes if all(len(s) > 1 for s in shapes) and shapes[0] in BIG else subject.shapes(MATRICES)
-    return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes if len(s) > 1]
+    return [nn.Parameter(torch.randn(s, generator=generator, dtype=subject.exact)) for s in shapes if len(s) > 1]
 
 
 def run(
@@ -87,7 +87,7 @@ def layouts(subject: OptimizerSubject) -> Finding:
         ("contiguous parameters with strided gradients", contiguous, strided, None),
         ("strided parameters", strided, contiguous, None),
     )
-    for dtype in (torch.float64, torch.float32):
+    for dtype in subject.dtypes[:2]:
         for name, way in subject.each_way():
             expected = run(subject, contiguous, contiguous, None, dtype, way)
             for what, of_p, of_g, change_to in cases:
@@ -111,7 +111,7 @@ def _paired(m: Mismatch) -> bool:
 def views(subject: OptimizerSubject) -> Finding | None:
     """A parameter that is a strided view of a larger buffer steps, and its neighbours in the buffer stay."""
     shape = subject.shapes(((6, 8),))[0]
-    for dtype in (torch.float64, torch.float32):
+    for dtype in subject.dtypes[:2]:
         for name, way in subject.each_way():
             generator = torch.Generator().manual_seed(3)
             full = torch.randn((*shape[:-1], 2 * shape[-1]), generator=generator, dtype=torch.float64).to(dtype)

@@ -86,9 +86,12 @@ def one_cycle(subject: OptimizerSubject) -> Finding | None:
     for cycle in (False, True):
         params = subject.parameters()
         optimizer = subject.make(params)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=10 * subject.lr, total_steps=8, cycle_momentum=cycle
-        )
+        try:
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, max_lr=10 * subject.lr, total_steps=8, cycle_momentum=cycle
+            )
+        except ValueError as reason:
+            raise Skip(f"OneCycleLR refuses it: {reason}") from reason
         play = []
         for step in gradients(params, 6):
             play += subject.play(optimizer, params, [step])[1:]
@@ -104,6 +107,8 @@ def one_cycle(subject: OptimizerSubject) -> Finding | None:
 def tensor_lr(subject: OptimizerSubject) -> Finding:
     """lr as a tensor: the same steps as the number, the tensor untouched, a new value in it counts, no sharing."""
     lr = subject.lr
+    if subject.needs_closure:
+        raise Skip("it needs a closure: a line search may choose its own")
     grads = gradients(subject.parameters(), 4)
     lrs = [lr, lr, lr / 4, lr * 2]
     way = subject.with_reference_way()

@@ -66,7 +66,7 @@ def carry_on(
 def load(subject: OptimizerSubject, state_dict: Any, params: list[nn.Parameter], **way: Any) -> Carried:
     """A new optimizer, of another lr, which has loaded the state dict."""
     new = copies(params)
-    other = subject.make(new, **way, **({"lr": 7 * subject.lr} if "lr" in subject.defaults else {}))
+    other = subject.make(new, **way, **({"lr": 7 * subject.lr} if subject.has_lr else {}))
     other.load_state_dict(state_dict)
     return other, new
 
@@ -217,12 +217,12 @@ def pickling(subject: OptimizerSubject) -> Finding | None:
 
     def carry(optimizer: Any, params: Any) -> Carried:
         other, theirs = pickle.loads(pickle.dumps((optimizer, params)))
-        return other, theirs
+        return subject.prepared(other), theirs
 
     try:
         return carry_on(subject, "pickle", "unpickled optimizer", carry)
     except (pickle.PicklingError, AttributeError) as reason:
-        if "local" in str(reason) or "lambda" in str(reason):
+        if any(word in str(reason) for word in ("local", "lambda", "attribute lookup", "not the same object")):
             raise Skip(f"its class cannot be imported by name: {reason}") from reason
         raise
 
@@ -233,7 +233,7 @@ def deepcopying(subject: OptimizerSubject) -> Finding | None:
 
     def carry(optimizer: Any, params: Any) -> Carried:
         other, theirs = copy.deepcopy((optimizer, params))
-        return other, theirs
+        return subject.prepared(other), theirs
 
     return carry_on(subject, "deepcopy", "deep copy", carry)
 
@@ -242,7 +242,7 @@ def deepcopying(subject: OptimizerSubject) -> Finding | None:
 def state_dtype(subject: OptimizerSubject) -> Finding:
     """State of the parameter's shape is at least as precise as the parameter, and on its device."""
     seen: dict[str, str] = {}
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    for dtype in (d for d in subject.dtypes if d != torch.float16):
         for name, way in subject.each_way():
             params = subject.parameters(dtype)
             optimizer = subject.make(params, **way)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchcalc.testing.optimizers.compare import parting
+from torchcalc.testing.optimizers.noise import Silenced
 from torchcalc.testing.optimizers.tensors import SHAPES, Grads, Play, clone, gradients, parameters, set_gradients
 from torchcalc.testing.registry import Skip
 
@@ -29,11 +32,13 @@ class OptimizerSubject:
         options: Mapping[str, Any] | None = None,
         reference: Callable[..., Any] | None = None,
         threshold: float | None = None,
+        prepare: Callable[[Any], Any] | None = None,
     ) -> None:
         self.build, self.options = build, dict(options or {})
-        self.reference, self.threshold = reference, threshold
+        self.reference, self.threshold, self.prepare = reference, threshold, prepare
         self.accepts = _accepted(build)
         self._takes: dict[tuple[int, ...], bool] = {}
+        self.facts: dict[str, Any] = {}  # what checks found out about it, for others
         probe = [nn.Parameter(torch.zeros(2, 2))]
         try:
             self.example = self.make(probe)
@@ -66,17 +71,53 @@ class OptimizerSubject:
                 failures.append(error)
             else:
                 return self.needs_closure
-        raise ValueError(
-            f"{self.name} cannot take a step by a dense gradient: {failures[0]}; there are no checks for that"
-        ) from failures[0]
+        remedy = "there are no checks for that" if self.prepare else "if it must be switched on first, pass prepare="
+        raise ValueError(f"{self.name} cannot take a step by a dense gradient: {failures[0]}; {remedy}") from failures[
+            0
+        ]
 
     @functools.cached_property
     def is_random(self) -> bool:
         """Whether bfloat16 steps differ from run to run, as stochastic rounding does."""
+        if torch.bfloat16 not in self.dtypes:
+            return False
         params = [nn.Parameter(torch.linspace(0.5, 2, 64, dtype=torch.bfloat16).reshape(8, 8))]
         grads = gradients(params, 2)
         runs = [self.trial(params, grads) for _ in range(3)]
         return any(not torch.equal(runs[0][-1][0], run[-1][0]) for run in runs[1:])
+
+    @functools.cached_property
+    def is_noisy(self) -> bool:
+        """Whether its steps are others when torch's random numbers are at their mean, as in Langevin dynamics."""
+        params = self.parameters()
+        grads = gradients(params, 2)
+        runs = []
+        for mode in (contextlib.nullcontext(), contextlib.nullcontext(), Silenced()):
+            with torch.random.fork_rng(devices=[]), mode:
+                torch.default_generator.manual_seed(0)
+                runs.append(self.trial(params, grads)[-1])
+        same, quiet = (all(map(torch.equal, runs[0], run)) for run in runs[1:])
+        finite = all(bool(x.isfinite().all()) for x in runs[2])
+        return same and not quiet and finite  # what is not finite without noise cannot be checked so
+
+    @functools.cached_property
+    def elementwise(self) -> bool:
+        """Whether an element steps by its own gradients alone, and in the same way wherever it lies."""
+        shape = self.shapes(((12,),))[0]
+        (p,) = parameters((shape,), self.exact)
+        grads = [g for (g,) in gradients([p], 4) if g is not None]
+        half = shape[0] // 2
+        if half == 0:
+            return False
+        whole = [x for (x,) in self.trial([p], [[g] for g in grads])]
+        mirrored = [x for (x,) in self.trial([p.flip(0)], [[g.flip(0)] for g in grads])]
+        try:
+            low, high = (self.trial([p[part]], [[g[part]] for g in grads]) for part in (slice(half), slice(half, None)))
+        except (RuntimeError, ValueError):
+            return False
+        expected: Play = [[x, x] for x in whole]
+        found: Play = [[x.flip(0), torch.cat(a + b)] for x, a, b in zip(mirrored, low, high, strict=True)]
+        return parting(expected, found) is None
 
     @property
     def name(self) -> str:
@@ -86,16 +127,28 @@ class OptimizerSubject:
     @property
     def lr(self) -> float:
         """The step size under test; a check that needs one skips an optimizer without."""
-        if "lr" not in self.defaults:
-            raise Skip("its groups have no lr")
+        if not self.has_lr:
+            raise Skip(f"its lr is {self.defaults['lr']!r}" if "lr" in self.defaults else "its groups have no lr")
         return float(self.defaults["lr"])
+
+    @property
+    def has_lr(self) -> bool:
+        return isinstance(self.defaults.get("lr"), int | float | Tensor)
 
     def has(self, option: str) -> bool:
         """Whether the constructor or the groups know the option."""
         return option in self.accepts or option in self.defaults
 
     def make(self, params: Any, **override: Any) -> torch.optim.Optimizer:
-        """The optimizer with its options; what a factory does not take goes into the parameter groups."""
+        """The optimizer with its options, prepared; what a factory does not take goes into the parameter groups."""
+        return self.prepared(self._make(params, **override))
+
+    def prepared(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        if self.prepare is not None:
+            self.prepare(optimizer)
+        return optimizer
+
+    def _make(self, params: Any, **override: Any) -> torch.optim.Optimizer:
         options = {**copy.deepcopy(self.options), **override}
         own = {k: v for k, v in options.items() if k in self.accepts or k in self.options}
         rest = {k: v for k, v in options.items() if k not in own}
@@ -143,8 +196,27 @@ class OptimizerSubject:
                     self._takes[shape] = True
         return tuple(shape for shape in wanted if self._takes[shape])
 
-    def parameters(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[nn.Parameter]:
-        return parameters(self.shapes(), dtype, seed)
+    def parameters(self, dtype: torch.dtype | None = None, seed: int = 0) -> list[nn.Parameter]:
+        return parameters(self.shapes(), dtype or self.exact, seed)
+
+    @functools.cached_property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Those in which it takes a step, the most precise one first; all, if it takes none."""
+        every = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        return tuple(dtype for dtype in every if self._steps_in(dtype)) or every
+
+    def _steps_in(self, dtype: torch.dtype) -> bool:
+        params = parameters(self.shapes(), dtype)
+        try:
+            self.trial(params, gradients(params, 1))
+        except Exception:  # however it refuses
+            return False
+        return True
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The dtype of most checks: float64 where it is taken."""
+        return self.dtypes[0]
 
     def step(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """One step with these gradients; through a closure, of a linear loss, where the optimizer needs one."""

@@ -16,8 +16,8 @@
 namespace torchcalc {
 
 // Which kernel of a formula: its value, its sum over all elements in one program or in several, the gradient of an input
-// (product + i), and that of a reduced loss (loss_product + i).
-enum Kind : int { value = 0, loss = 1, partial = 2, product = 8, loss_product = 16 };
+// (product + i), that of a reduced loss (loss_product + i), and all gradients with the value.
+enum Kind : int { value = 0, loss = 1, partial = 2, whole = 3, product = 8, loss_product = 16 };
 
 // What the driver launches.
 struct Handle {

@@ -4,12 +4,6 @@
 // This file is compiled against torch's and Python's ordinary headers, and so for one release of each; the kernels are not.
 //
 // Each function returns None, before anything is computed, for tensors that no kernel takes.
-#include <ATen/ExpandUtils.h>
-#include <ATen/TensorIterator.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
@@ -19,553 +13,18 @@
 #include <cstring>
 #include <limits>
 
+#include "attention.h"
 #include "common.h"
 #include "gpu.h"
+#include "layers.h"
+#include "mlp.h"
 #include "norms.h"
+#include "pointwise.h"
 #include "rows.h"
 #include "rows_gpu.h"
 #include "watch.h"
 
 namespace {
-
-using torchcalc::Formula;
-using torchcalc::Kernel;
-using torchcalc::max_inputs;
-using torchcalc::Operand;
-using Numbers = c10::SmallVector<double, 4>;
-
-Operand operand(const Tensor& x, int64_t stride) {
-  Operand o;
-  number_of(x.scalar_type(), o.number);
-  o.data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
-  o.stride = stride;
-  return o;
-}
-
-Operand flat(const Tensor& x) { return operand(x, static_cast<int64_t>(x.element_size())); }
-
-// One number seen through strides of 0: what sum().backward() sends back.
-bool is_one_number(const Tensor& x) {
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.stride(d) != 0 && x.size(d) != 1) return false;
-  }
-  return true;
-}
-
-bool is_one_number(const Tensor& x, const Tensor& like) { return x.sizes() == like.sizes() && is_one_number(x); }
-
-// The number of a formula, in the order of the table.
-int64_t place_of(const Formula& formula) { return &formula - table->formulas; }
-
-// On a GPU: one launch over tensors that are dense, alike, of one dtype and aligned; undefined where there is none for them.
-Tensor launched(
-    const Formula& formula, int kind, at::ArrayRef<Tensor> arguments, const double* scale, at::ArrayRef<double> numbers) {
-  torchcalc::Gpu& gpu = torchcalc::Gpu::instance();
-  const Tensor* like = nullptr;
-  for (const Tensor& x : arguments) {
-    if (x.defined() && !like && (x.dim() > 0 || scale == nullptr)) like = &x;
-  }
-  if (!like) like = std::find_if(arguments.begin(), arguments.end(), [](const Tensor& x) { return x.defined(); });
-  const at::ScalarType type = like->scalar_type();
-  if (!like->is_non_overlapping_and_dense() || !torchcalc::Gpu::is_current(*like)) return {};
-  c10::SmallVector<void*, max_inputs + 3> pointers;
-  for (size_t k = 0; k < arguments.size(); ++k) {
-    const Tensor& x = arguments[k];
-    if (!x.defined()) continue;
-    const bool one = scale != nullptr && k == 0;  // the gradient of a reduced loss
-    if (x.scalar_type() != type || x.device() != like->device() || !torchcalc::Gpu::is_aligned(x)) return {};
-    if (one ? x.numel() != 1 : !lies_like(x, *like)) return {};
-    pointers.push_back(const_cast<void*>(x.const_data_ptr()));
-  }
-  const auto launch = gpu.find(torchcalc::Gpu::key(place_of(formula), kind, type, like->device().index()), numbers);
-  if (!launch) return {};
-  Tensor out = at::empty_like(*like);
-  const int64_t n = out.numel();
-  if (n == 0) return out;
-  pointers.push_back(out.mutable_data_ptr());
-  gpu.run(*launch, (n + launch->block - 1) / launch->block, pointers, n, scale, type == at::kDouble);
-  return out;
-}
-
-// Σ value·scale in one launch or two, likewise.
-Tensor launched_total(const Formula& formula, TensorList inputs, double scale, at::ArrayRef<double> numbers) {
-  torchcalc::Gpu& gpu = torchcalc::Gpu::instance();
-  const Tensor& like = inputs[0];
-  const at::ScalarType type = like.scalar_type();
-  if (!like.is_non_overlapping_and_dense() || !torchcalc::Gpu::is_current(like) || like.numel() == 0) return {};
-  c10::SmallVector<void*, max_inputs + 3> pointers;
-  for (const Tensor& x : inputs) {
-    if (x.device() != like.device() || !lies_like(x, like) || !torchcalc::Gpu::is_aligned(x)) return {};
-    pointers.push_back(const_cast<void*>(x.const_data_ptr()));
-  }
-  const auto find = [&](int64_t place, int kind, at::ArrayRef<double> given) {
-    return gpu.find(torchcalc::Gpu::key(place, kind, type, like.device().index()), given);
-  };
-  const int64_t n = like.numel(), place = place_of(formula);
-  const auto whole = find(place, torchcalc::loss, numbers), part = find(place, torchcalc::partial, numbers);
-  const auto total = find(-1 & 0xFFFF, torchcalc::value, {});  // Σ of partial sums, the same for every formula
-  if (!whole || !part || !total) return {};
-  Tensor out = at::empty({}, like.options());
-  if (n <= whole->block) {
-    pointers.push_back(out.mutable_data_ptr());
-    gpu.run(*whole, 1, pointers, n, &scale, type == at::kDouble);
-    return out;
-  }
-  const int64_t programs = std::min((n + part->block - 1) / part->block, total->block);
-  const Tensor sums = at::empty({programs}, like.options().dtype(at::kDouble));
-  pointers.push_back(sums.mutable_data_ptr());
-  gpu.run(*part, programs, pointers, n, nullptr, type == at::kDouble);
-  gpu.run(*total, 1, {sums.mutable_data_ptr(), out.mutable_data_ptr()}, programs, &scale, true);
-  return out;
-}
-
-// What a kernel computes: one tensor, or the gradients of several inputs.
-using Results = c10::SmallVector<Tensor, 2>;
-
-// Memory for it where that is wanted, a bit for each. Without strides it is contiguous.
-Results results_for(
-    const Kernel& kernel, uint32_t wanted, at::IntArrayRef size, at::IntArrayRef strides, at::ScalarType dtype, Operand* out) {
-  Results results(static_cast<size_t>(kernel.outputs));
-  for (int k = 0; k < kernel.outputs; ++k) {
-    if (!(wanted >> k & 1)) continue;
-    results[k] = strides.empty() ? at::detail::empty_cpu(size, dtype) : at::detail::empty_strided_cpu(size, strides, dtype);
-    out[k] = flat(results[k]);
-  }
-  return results;
-}
-
-// kernel(arguments), where undefined arguments are those that it does not use; its results have the dtype given. They are new
-// tensors, or those given.
-Results compute(
-    const Kernel& kernel, at::ArrayRef<Tensor> arguments, at::ScalarType dtype, const double* numbers, uint32_t wanted = ~0u,
-    Results given = {}) {
-  const int count = static_cast<int>(arguments.size());
-  const Tensor* like = nullptr;
-  for (const Tensor& x : arguments) {
-    if (x.defined() && (!like || is_one_number(*like))) like = &x;
-  }
-  Operand in[max_inputs + 2], out[max_inputs];
-  bool together = like->is_non_overlapping_and_dense();
-  for (const Tensor& x : given) together = together && lies_like(x, *like);
-  for (int k = 0; k < count && together; ++k) {
-    const Tensor& x = arguments[k];
-    if (!x.defined()) continue;
-    if (lies_like(x, *like)) {
-      in[k] = flat(x);
-    } else if (is_one_number(x, *like)) {
-      in[k] = operand(x, 0);
-    } else {
-      together = false;
-    }
-  }
-  if (together) {
-    for (size_t k = 0; k < given.size(); ++k) out[k] = flat(given[k]);
-    if (given.empty()) given = results_for(kernel, wanted, like->sizes(), like->strides(), dtype, out);
-    table->apply(kernel, like->numel(), in, count, 1, out, numbers, false);
-    return given;
-  }
-  // Other layouts and broadcasting.
-  Results results = std::move(given);
-  results.resize(static_cast<size_t>(kernel.outputs));
-  at::TensorIteratorConfig config;
-  config.set_check_mem_overlap(true).check_all_same_dtype(false).promote_inputs_to_common_dtype(false);
-  config.declare_static_dtype(dtype).declare_static_device(at::kCPU);
-  for (const Tensor& out : results) config.add_output(out);
-  for (const Tensor& x : arguments) {
-    if (x.defined()) config.add_const_input(x);
-  }
-  at::TensorIterator iterator = config.build();
-  Number result;
-  number_of(dtype, result);
-  iterator.for_each([&](char** data, const int64_t* strides, int64_t n) {
-    Operand each[max_inputs + 2], to[max_inputs];
-    int place = kernel.outputs;
-    for (int k = 0; k < count; ++k) {
-      if (!arguments[k].defined()) continue;
-      number_of(arguments[k].scalar_type(), each[k].number);
-      each[k].data = data[place];
-      each[k].stride = strides[place++];
-    }
-    for (int k = 0; k < kernel.outputs; ++k) to[k] = {data[k], strides[k], result};
-    table->apply(kernel, n, each, count, 1, to, numbers, true);
-  });
-  for (int k = 0; k < kernel.outputs; ++k) results[k] = iterator.output(k);
-  return results;
-}
-
-// One of the two halves along a dimension.
-Tensor half_of(const Tensor& x, int64_t dim, int64_t which) {
-  const int64_t n = x.size(dim) / 2;
-  return x.narrow(dim, which * n, n);
-}
-
-// All of one size, stretched where they broadcast, and contiguous where they do not lie alike: for reductions.
-c10::SmallVector<Tensor, max_inputs + 1> aligned(TensorList inputs, const std::optional<Tensor>& weight) {
-  c10::SmallVector<Tensor, max_inputs + 1> all(inputs.begin(), inputs.end());
-  if (weight) all.push_back(*weight);
-  bool alike = all[0].is_non_overlapping_and_dense();
-  for (const Tensor& x : all) alike = alike && (lies_like(x, all[0]) || is_one_number(x, all[0]));
-  if (alike) return all;
-  std::vector<int64_t> size = all[0].sizes().vec();
-  for (const Tensor& x : all) size = at::infer_size(size, x.sizes());
-  for (Tensor& x : all) x = x.expand(size).contiguous();
-  return all;
-}
-
-Operand operand_like(const Tensor& x, const Tensor& like) { return lies_like(x, like) ? flat(x) : operand(x, 0); }
-
-// The gradient of a formula's inputs, in torch's graph.
-struct Backward : public KernelNode {
-  const Formula* formula = nullptr;
-  Numbers numbers;
-  SavedVariable saved[max_inputs];
-  SavedVariable saved_y, saved_weight;
-  bool has_y = false, has_weight = false;
-  bool has[max_inputs] = {};
-  int64_t halved = -1;  // the dimension along which saved[0] holds both inputs: then theirs are the halves of one gradient
-  Reduction reduction = none;
-  double divisor = 1;  // n of a mean
-  c10::SmallVector<c10::SmallVector<int64_t, 5>, 2> sizes;
-  c10::SmallVector<at::ScalarType, 2> dtypes;
-
-  std::string name() const override { return std::string(formula->name) + "Backward"; }
-
-  std::vector<SavedVariable*> kept() override {
-    std::vector<SavedVariable*> all;
-    for (int i = 0; i < formula->inputs; ++i) {
-      if (has[i]) all.push_back(&saved[i]);
-    }
-    if (has_y) all.push_back(&saved_y);
-    if (has_weight) all.push_back(&saved_weight);
-    return all;
-  }
-
-  variable_list apply(variable_list&& incoming) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const int n = formula->inputs;
-    variable_list grads(halved < 0 ? static_cast<size_t>(n) : 1);
-    const Tensor& g = incoming[0];
-    if (!g.defined()) return grads;
-    const auto self = self_of(static_cast<Node*>(this));
-    Tensor arguments[max_inputs + 2];
-    bool plain = is_plain(g);
-    for (int i = 0; i < n; ++i) {
-      if (has[i]) plain &= is_plain(arguments[1 + i] = saved[i].unpack(self));
-    }
-    if (has_y) plain &= is_plain(arguments[1 + n] = saved_y.unpack(self));
-    Tensor weight, whole;
-    if (halved >= 0) {
-      whole = arguments[1];
-      for (int i = 0; i < 2; ++i) arguments[1 + i] = half_of(whole, halved, i);
-    }
-    if (has_weight) plain &= is_plain(weight = saved_weight.unpack(self));
-    if (!plain || at::GradMode::is_enabled()) return differentiable(g, arguments, weight);
-    if (g.is_cuda()) return on_gpu(g, arguments);
-
-    Tensor wide;  // of a weighted loss without reduction
-    if (reduction == none && has_weight) wide = g.to(at::promote_types(g.scalar_type(), at::kFloat)).mul(weight);
-    const auto compute_by = [&](const Kernel& kernel, at::ScalarType dtype, uint32_t wanted = ~0u) {
-      Tensor used[max_inputs + 2];
-      used[0] = wide.defined() ? wide : g;
-      for (int k = 1; k < n + 2; ++k) {
-        if (kernel.uses >> k & 1) used[k] = arguments[k];
-      }
-      return reduction == none ? compute(kernel, at::ArrayRef<Tensor>(used, n + 2), dtype, numbers.data(), wanted)
-                               : spread(kernel, g, weight, used, dtype, wanted);
-    };
-    if (halved >= 0) {
-      grads[0] = at::empty_like(whole);
-      compute(
-          formula->joint, {g, arguments[1], arguments[2], Tensor()}, dtypes[0], numbers.data(), ~0u,
-          {half_of(grads[0], halved, 0), half_of(grads[0], halved, 1)});
-      return grads;
-    }
-    if (const uint32_t wanted = wanted_together()) {
-      Results found = compute_by(formula->joint, dtypes[0], wanted);
-      for (int i = 0, k = 0; i < n; ++i) {
-        if (formula->product[i].of_float == nullptr) continue;
-        if (wanted >> k & 1) grads[static_cast<size_t>(i)] = std::move(found[k]);
-        ++k;
-      }
-      return grads;
-    }
-    for (int i = 0; i < n; ++i) {
-      if (!task_should_compute_output(static_cast<size_t>(i))) continue;
-      const Kernel& kernel = formula->product[i];
-      Tensor grad = compute_by(kernel, dtypes[i])[0];
-      if (grad.sizes() != at::IntArrayRef(sizes[i])) {
-        if (dtypes[i] != at::kDouble && dtypes[i] != at::kFloat) grad = compute_by(kernel, at::kFloat)[0];  // rounded once
-        grad = at::sum_to(grad, at::IntArrayRef(sizes[i])).to(dtypes[i]);
-      }
-      grads[static_cast<size_t>(i)] = std::move(grad);
-    }
-    return grads;
-  }
-
-  // Which outputs of the joint kernel are needed, where these are several, and nothing is summed afterwards.
-  uint32_t wanted_together() const {
-    uint32_t wanted = 0;
-    for (int i = 0, k = 0; i < formula->inputs; ++i) {
-      if (sizes[i] != sizes[0]) return 0;
-      if (formula->product[i].of_float == nullptr) continue;
-      if (task_should_compute_output(static_cast<size_t>(i))) wanted |= 1u << k;
-      ++k;
-    }
-    return (wanted & (wanted - 1)) != 0 ? wanted : 0;
-  }
-
-  variable_list on_gpu(const Tensor& g, const Tensor* arguments) {
-    const int n = formula->inputs;
-    const double scale = 1 / divisor;
-    variable_list grads(static_cast<size_t>(n));
-    for (int i = 0; i < n; ++i) {
-      if (!task_should_compute_output(static_cast<size_t>(i))) continue;
-      Tensor used[max_inputs + 2];
-      for (int k = 1; k < n + 2; ++k) {
-        if (formula->product[i].uses >> k & 1) used[k] = arguments[k];
-      }
-      const Tensor* const like = std::find_if(used + 1, used + n + 2, [](const Tensor& x) { return x.defined(); });
-      used[0] = g;
-      if (like != used + n + 2 && reduction == none && (!lies_like(g, *like) || !torchcalc::Gpu::is_aligned(g))) {
-        used[0] = at::empty_like(*like).copy_(g);
-      }
-      const int kind = (reduction == none ? torchcalc::product : torchcalc::loss_product) + i;
-      Tensor& grad = grads[static_cast<size_t>(i)];
-      grad = launched(*formula, kind, at::ArrayRef<Tensor>(used, n + 2), reduction == none ? nullptr : &scale, numbers);
-      if (!grad.defined()) return differentiable(g, arguments, {});
-    }
-    return grads;
-  }
-
-  // That of all inputs together; a slope may use fewer.
-  std::vector<int64_t> size_of_loss(const Tensor& weight) const {
-    std::vector<int64_t> size(sizes[0].begin(), sizes[0].end());
-    for (const auto& s : sizes) size = at::infer_size(size, at::IntArrayRef(s));
-    return weight.defined() ? at::infer_size(size, weight.sizes()) : size;
-  }
-
-  // g·weight/divisor·slope, where g is one number.
-  Results spread(
-      const Kernel& kernel, const Tensor& g, const Tensor& weight, Tensor* used, at::ScalarType dtype, uint32_t wanted) {
-    const int count = formula->inputs + 2;
-    c10::SmallVector<Tensor, max_inputs + 1> inputs(used + 1, used + count);
-    const Tensor* like = weight.defined() ? &weight : nullptr;
-    for (const Tensor& x : inputs) {
-      if (!like && x.defined()) like = &x;
-    }
-    const std::vector<int64_t> size = size_of_loss(weight);
-    bool alike = like && like->sizes() == at::IntArrayRef(size) && like->is_non_overlapping_and_dense();
-    for (const Tensor& x : inputs) alike = alike && (!x.defined() || lies_like(x, *like));
-    Tensor w = weight;
-    if (!alike) {
-      for (Tensor& x : inputs) x = x.defined() ? x.expand(size).contiguous() : x;
-      if (w.defined()) w = w.expand(size).contiguous();
-    }
-    Operand in[max_inputs + 2], out[max_inputs];
-    double factor = g.item<double>() / divisor;
-    double one = 1;
-    if (w.defined()) {
-      in[0] = flat(w);
-    } else {
-      std::swap(one, factor);  // in[0] is the factor itself
-      in[0].data = reinterpret_cast<char*>(&one);
-      in[0].stride = 0;
-      in[0].number = Number::float64;
-    }
-    for (int k = 1; k < count; ++k) {
-      if (inputs[k - 1].defined()) in[k] = flat(inputs[k - 1]);
-    }
-    Results results = results_for(kernel, wanted, size, alike ? like->strides() : at::IntArrayRef(), dtype, out);
-    table->apply(kernel, c10::multiply_integers(size), in, count, factor, out, numbers.data(), false);
-    return results;
-  }
-
-  // The same by operations that torch can differentiate, transform and trace.
-  variable_list differentiable(const Tensor& incoming, const Tensor* arguments, const Tensor& weight) {
-    const int n = formula->inputs;
-    Tensor g = incoming;
-    if (reduction != none || has_weight) {
-      g = g.to(at::promote_types(g.scalar_type(), at::kFloat));
-      if (divisor != 1) g = g.div(divisor);
-      if (has_weight) g = g.mul(weight);
-      g = g.expand(size_of_loss(weight));
-    }
-    c10::List<std::optional<Tensor>> known;
-    for (int k = 1; k < n + 2; ++k) {
-      known.push_back(arguments[k].defined() ? std::optional<Tensor>(arguments[k]) : std::nullopt);
-    }
-    c10::List<bool> needed;
-    for (int i = 0; i < n; ++i) needed.push_back(halved >= 0 || task_should_compute_output(static_cast<size_t>(i)));
-    static const c10::OperatorHandle operation =
-        c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::differentiable_backward", "");
-    torch::jit::Stack stack{
-        std::string(formula->name), g, std::move(known), c10::List<double>(at::ArrayRef<double>(numbers)), needed};
-    operation.callBoxed(&stack);
-    const std::vector<Tensor> found = stack.at(0).toTensorVector();
-    if (halved >= 0) return {at::cat(found, halved).to(dtypes[0])};
-    variable_list grads(static_cast<size_t>(n));
-    size_t next = 0;
-    for (int i = 0; i < n; ++i) {
-      if (!needed.get(static_cast<size_t>(i))) continue;
-      grads[static_cast<size_t>(i)] = at::sum_to(found[next++], at::IntArrayRef(sizes[i])).to(dtypes[i]);
-    }
-    return grads;
-  }
-};
-
-// What the formula's inputs must be; the dtype of the result.
-bool takes(const Formula& formula, TensorList inputs, at::ScalarType& dtype) {
-  if (static_cast<int>(inputs.size()) != formula.inputs) return false;
-  dtype = inputs[0].scalar_type();
-  for (const Tensor& x : inputs) {
-    if (!is_plain(x) || x.scalar_type() != dtype || x.device() != inputs[0].device()) return false;
-  }
-  return inputs[0].is_cpu() || torchcalc::Gpu::instance().is_ready();
-}
-
-auto node_of(const Formula& formula, TensorList inputs, at::ArrayRef<double> numbers) {
-  auto node = make_node<Backward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
-  node->formula = &formula;
-  node->numbers.assign(numbers.begin(), numbers.end());
-  uint32_t used = 0;
-  for (int i = 0; i < formula.inputs; ++i) {
-    node->sizes.emplace_back(inputs[i].sizes().begin(), inputs[i].sizes().end());
-    node->dtypes.push_back(inputs[i].scalar_type());
-    if (inputs[i].requires_grad()) used |= formula.product[i].uses;
-  }
-  for (int i = 0; i < formula.inputs; ++i) {
-    if (used >> (1 + i) & 1) {
-      node->saved[i] = SavedVariable(inputs[i], false);
-      node->has[i] = true;
-    }
-  }
-  node->has_y = used >> (1 + formula.inputs) & 1;
-  return node;
-}
-
-bool has_derivatives(const Formula& formula, TensorList inputs) {
-  for (int i = 0; i < formula.inputs; ++i) {
-    if (inputs[i].requires_grad() && formula.product[i].of_float == nullptr) return false;
-  }
-  return true;
-}
-
-std::optional<Tensor> elementwise(int64_t place, TensorList inputs, at::ArrayRef<double> numbers) {
-  const Formula& formula = table->formulas[place];
-  at::ScalarType dtype;
-  if (!takes(formula, inputs, dtype)) return std::nullopt;
-  const bool recorded = torch::autograd::compute_requires_grad(inputs);
-  if (recorded && !has_derivatives(formula, inputs)) return std::nullopt;
-  Tensor out;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    out = inputs[0].is_cuda() ? launched(formula, torchcalc::value, inputs, nullptr, numbers)
-                              : compute(formula.value, inputs, dtype, numbers.data())[0];
-  }
-  if (!out.defined()) return std::nullopt;
-  if (recorded) {
-    auto node = node_of(formula, inputs, numbers);
-    torch::autograd::set_history(out, node);
-    if (node->has_y) node->saved_y = SavedVariable(out, true);
-  }
-  return out;
-}
-
-// A formula of the two halves of one tensor, on CPU: its gradient is written as one, where the halves' own would be copied
-// together.
-std::optional<Tensor> of_halves(int64_t place, const Tensor& x, int64_t dim, at::ArrayRef<double> numbers) {
-  const Formula& formula = table->formulas[place];
-  if (!x.is_cpu() || !is_plain(x) || formula.inputs != 2 || formula.joint.of_float == nullptr) return std::nullopt;
-  Tensor out;
-  c10::SmallVector<Tensor, 2> halves;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    for (int i = 0; i < 2; ++i) halves.push_back(half_of(x, dim, i));
-    out = compute(formula.value, halves, x.scalar_type(), numbers.data())[0];
-  }
-  if (torch::autograd::compute_requires_grad(x)) {
-    auto node = make_node<Backward>();
-    node->set_next_edges(torch::autograd::collect_next_edges(x));
-    node->formula = &formula;
-    node->numbers.assign(numbers.begin(), numbers.end());
-    node->halved = dim;
-    for (const Tensor& half : halves) {
-      node->sizes.emplace_back(half.sizes().begin(), half.sizes().end());
-      node->dtypes.push_back(x.scalar_type());
-    }
-    node->saved[0] = SavedVariable(x, false);
-    node->has[0] = true;
-    torch::autograd::set_history(out, node);
-  }
-  return out;
-}
-
-// On CPU: the reduced loss, and the number that its mean is divided by.
-double total_of(
-    const Formula& formula, TensorList inputs, const std::optional<Tensor>& weight, at::ArrayRef<double> numbers,
-    Reduction reduction, bool by_weight, at::ScalarType dtype, Tensor& out) {
-  const auto all = aligned(inputs, weight);
-  Operand in[max_inputs + 1], w;
-  for (int i = 0; i < formula.inputs; ++i) in[i] = operand_like(all[i], all[0]);
-  if (weight) w = operand_like(all.back(), all[0]);
-  const int64_t n = all[0].numel();
-  double total = table->total(formula.value, n, in, formula.inputs, weight ? &w : nullptr, numbers.data());
-  double divisor = 1;
-  if (reduction == mean) {
-    const Tensor once = weight ? weight->contiguous() : Tensor();  // the weights as they were given, each once
-    divisor = weight && by_weight ? table->sum(once.numel(), flat(once)) : static_cast<double>(n);
-    total = total / divisor;
-  }
-  out = at::detail::empty_cpu({}, dtype);
-  if (dtype == at::kFloat) {
-    *out.mutable_data_ptr<float>() = static_cast<float>(total);
-  } else {
-    out.fill_(total);
-  }
-  return divisor;
-}
-
-std::optional<Tensor> reduced(
-    int64_t place, TensorList inputs, const std::optional<Tensor>& weight, at::ArrayRef<double> numbers, int64_t how,
-    bool by_weight) {
-  const Formula& formula = table->formulas[place];
-  const auto reduction = static_cast<Reduction>(how);
-  if (reduction == none && !weight) return elementwise(place, inputs, numbers);
-  at::ScalarType dtype;
-  if (!takes(formula, inputs, dtype)) return std::nullopt;
-  const bool recorded = torch::autograd::compute_requires_grad(inputs);
-  if (recorded && !has_derivatives(formula, inputs)) return std::nullopt;
-  if (weight && (!is_plain(*weight) || weight->scalar_type() != dtype || reduction == none ||
-                 (at::GradMode::is_enabled() && weight->requires_grad()))) {
-    return std::nullopt;
-  }
-  Tensor out;
-  double divisor = 1;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    if (inputs[0].is_cuda()) {
-      if (weight) return std::nullopt;
-      if (reduction == mean) divisor = static_cast<double>(inputs[0].numel());
-      out = launched_total(formula, inputs, 1 / divisor, numbers);
-      if (!out.defined()) return std::nullopt;
-    } else {
-      divisor = total_of(formula, inputs, weight, numbers, reduction, by_weight, dtype, out);
-    }
-  }
-  if (recorded) {
-    auto node = node_of(formula, inputs, numbers);
-    node->has_y = false;
-    node->reduction = reduction;
-    node->divisor = divisor;
-    if (weight) {
-      node->has_weight = true;
-      node->saved_weight = SavedVariable(*weight, false);
-    }
-    torch::autograd::set_history(out, node);
-  }
-  return out;
-}
 
 // Python. What is not taken is None: the caller then runs the formula on tensors.
 
@@ -807,6 +266,82 @@ PyObject* py_group_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// attention(query, key, value, mask or None, causal, scale or None, grouped)
+PyObject* py_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor given[3], mask;
+  if (count != 7 || is_observed() || !read_optional(args, 3, given)) Py_RETURN_NONE;
+  for (const Tensor& x : given) {
+    if (!x.defined()) Py_RETURN_NONE;
+  }
+  if (args[3] != Py_None) {
+    if (!THPVariable_CheckExact(args[3]) || !is_array(mask = THPVariable_Unpack(args[3])) || mask._fw_grad(0).defined()) Py_RETURN_NONE;
+  }
+  std::optional<double> scale;
+  if (args[5] != Py_None) scale = PyFloat_AsDouble(args[5]);
+  const bool causal = PyObject_IsTrue(args[4]), grouped = PyObject_IsTrue(args[6]);
+  if (PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = attention(given[0], given[1], given[2], mask, causal, scale, grouped);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// mlp(place, input, weight, bias, up_weight or None, up_bias, down_weight, down_bias, recompute); biases may be None
+PyObject* py_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor given[7];
+  if (count != 9 || is_observed() || !read_optional(args + 1, 7, given)) Py_RETURN_NONE;
+  const int64_t place = PyLong_AsLongLong(args[0]);
+  const bool recompute = PyObject_IsTrue(args[8]);
+  if (PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = mlp(place, given, recompute);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// embedding(weight, index, padding or -1, by_frequency, sparse, scale)
+PyObject* py_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::SmallVector<Tensor, max_inputs> w;
+  if (count != 6 || is_observed() || !read_inputs(args, 1, w) || !THPVariable_CheckExact(args[1])) Py_RETURN_NONE;
+  const Tensor& index = THPVariable_Unpack(args[1]);
+  const int64_t padding = PyLong_AsLongLong(args[2]);
+  const bool by_frequency = PyObject_IsTrue(args[3]), sparse = PyObject_IsTrue(args[4]);
+  const double scale = PyFloat_AsDouble(args[5]);
+  if (PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = embedding(w[0], index, padding, by_frequency, sparse, scale);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// dropout(input, p)
+PyObject* py_dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::SmallVector<Tensor, max_inputs> x;
+  if (count != 2 || is_observed() || !read_inputs(args, 1, x)) Py_RETURN_NONE;
+  const double p = PyFloat_AsDouble(args[1]);
+  if (PyErr_Occurred()) throw python_error();
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = dropout(x[0], p);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 // saved(grad_fn) -> what it keeps for backward, as torch's SavedTensor; None if it is not one of these nodes.
 PyObject* py_saved(PyObject*, PyObject* object) {
   HANDLE_TH_ERRORS
@@ -926,6 +461,10 @@ PyMethodDef methods[] = {
     {"rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_rms_norm)), METH_FASTCALL, nullptr},
     {"layer_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_layer_norm)), METH_FASTCALL, nullptr},
     {"group_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_group_norm)), METH_FASTCALL, nullptr},
+    {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_attention)), METH_FASTCALL, nullptr},
+    {"embedding", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_embedding)), METH_FASTCALL, nullptr},
+    {"dropout", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_dropout)), METH_FASTCALL, nullptr},
+    {"mlp", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_mlp)), METH_FASTCALL, nullptr},
     {"saved", py_saved, METH_O, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},
     {"connect", py_connect, METH_O, nullptr},
@@ -957,6 +496,15 @@ TORCH_LIBRARY(torchcalc_nodes, m) {
   m.def(
       "group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int groups, "
       "float eps, bool[] needed) -> Tensor[]");
+  m.def(
+      "embedding_backward(Tensor grad, Tensor index, int rows, int padding, bool by_frequency, bool sparse, float scale) -> Tensor");
+  m.def("dropout_backward(Tensor grad, Tensor keep, float p) -> Tensor");
+  m.def(
+      "mlp_backward(str formula, Tensor grad, Tensor input, Tensor weight, Tensor? bias, Tensor? up_weight, Tensor? up_bias, "
+      "Tensor down_weight, Tensor? down_bias, bool[] needed) -> Tensor[]");
+  m.def(
+      "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
+      "bool[] needed) -> Tensor[]");
   m.def(
       "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, int ignored, int reduction, "
       "float smoothing, float z_loss) -> Tensor");

@@ -1,0 +1,100 @@
+"""What is handed in: how it is called, what of it is refused, and where its backward stands."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["backward_of", "is_float", "module_call", "name_of", "opaque", "parameters_of", "refuse"]
+
+
+def is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def name_of(fn: Any) -> str:
+    """
+    >>> name_of(partial(torch.nn.functional.gelu, approximate="tanh"))
+    "gelu(approximate='tanh')"
+    """
+    if isinstance(fn, partial):
+        options = [repr(a) for a in fn.args] + [f"{k}={v!r}" for k, v in fn.keywords.items()]
+        return f"{name_of(fn.func)}({', '.join(options)})"
+    if isinstance(fn, nn.Module):
+        return repr(fn).partition("\n")[0]
+    owner = getattr(fn, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return f"{owner.__name__}.apply"
+    return getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def parameters_of(fn: Any) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        return {}
+
+
+def refuse(i: int, x: Tensor) -> None:
+    """Raise ValueError for an input on which no derivative can be checked."""
+    if x.is_meta:
+        raise ValueError(f"input {i} is on the device meta and has no values; make it with device='cpu'")
+    if x.layout != torch.strided:
+        raise ValueError(
+            f"input {i} is sparse ({str(x.layout).removeprefix('torch.')}), and derivatives are checked element by "
+            "element of dense inputs; give a function of its values, such as "
+            "lambda values: fn(torch.sparse_coo_tensor(indices, values, size))"
+        )
+    if isinstance(x, torch.distributed.tensor.DTensor) if "torch.distributed.tensor" in sys.modules else False:
+        raise ValueError(
+            f"input {i} is a DTensor, of which each process holds a part; check a function of the local tensors, such "
+            "as lambda local: fn(DTensor.from_local(local, mesh, placements)).to_local()"
+        )
+
+
+def module_call(module: nn.Module, count: int) -> Callable[..., Any]:
+    """The module as a function of its inputs and parameters; its buffers are copied at each call."""
+    names = [n for n, _ in module.named_parameters()]
+
+    def call(*inputs: Any) -> Any:
+        dtype = next((x.dtype for x in inputs if is_float(x)), torch.float32)
+        buffers = {
+            n: b.to(dtype, copy=True) if is_float(b) and is_float(inputs[0]) else b.clone()
+            for n, b in module.named_buffers()
+        }
+        state = {**buffers, **dict(zip(names, inputs[count:], strict=True))}
+        return torch.func.functional_call(module, state, inputs[:count])
+
+    call.__name__ = name_of(module)
+    return call
+
+
+def backward_of(outputs: Sequence[Tensor]) -> str:
+    """Where the first backward in Python stands that the graph of the outputs comes to: "X.backward, file.py:12"."""
+    nodes, seen = [y.grad_fn for y in outputs if y.grad_fn is not None], 0
+    while nodes and seen < 1000:
+        node, seen = nodes.pop(0), seen + 1
+        function = getattr(type(node), "_forward_cls", None)
+        if function is not None:
+            method = vars(function).get("backward") or vars(function).get("vjp") or function.backward
+            with suppress(TypeError, OSError, AttributeError):
+                code = inspect.unwrap(getattr(method, "__func__", method)).__code__
+                if f"{torch.__path__[0]}/" not in code.co_filename:
+                    return f"{function.__name__}.backward, {code.co_filename}:{code.co_firstlineno}"
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    return ""
+
+
+def opaque(fn: Any) -> str:
+    """What the function is, if torch drops forward mode in it without a word; empty if not."""
+    if hasattr(fn, "_torchdynamo_orig_callable"):
+        return "a compiled function"
+    kinds = (torch._library.custom_ops.CustomOpDef, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+    return "an operator of torch.library" if isinstance(fn, kinds) else ""
