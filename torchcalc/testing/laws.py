@@ -76,6 +76,11 @@ def pos_weight(subject: Subject) -> Finding | None:
             if what == "negative" and compare("", got, w * plain[1], slack(subject, right)) is None:
                 return replace(found, cause="pos_weight multiplies the loss of negative targets")
             return replace(found, cause=f"{cause} is wrong" + (f": {found.cause}" if found.cause else ""))
+    mixed = (torch.arange(one.numel(), device=one.device) % 3 == 0).view(one.shape).to(one.dtype)
+    right = torch.where(mixed == 1, heavy[0], heavy[1])
+    found = compare("loss of mixed targets", loss(mixed, w), right, slack(subject, right), names=names)
+    if found is not None:
+        return replace(found, cause="pos_weight of another element's target")
     weighted = subject.with_option(pos_weight=w)
     found = quick(weighted, inputs, " with pos_weight")
     return found if found.verdict == "error" else None

@@ -173,7 +173,11 @@ def shapes(subject: Subject) -> Finding | None:
     outputs = subject.call(*inputs)
     if len(outputs) != 1 or not elementwise(subject, inputs):
         raise Skip("not elementwise")
+    _, whole = subject.gradients(inputs, incoming=[v.clone() for v in subject.incoming(outputs)])
     for name, change in (
+        ("1-d", lambda x: x.reshape(-1)),
+        ("3-d", lambda x: x.reshape(1, -1, 1)),
+        ("4-d", lambda x: x.reshape(1, 1, -1, 1)),
         ("0-d", lambda x: x.reshape(-1)[0]),
         ("empty", lambda x: x.new_empty((0, 3))),
         ("empty in the middle", lambda x: x.new_empty((2, 0, 3))),
@@ -182,7 +186,8 @@ def shapes(subject: Subject) -> Finding | None:
     ):
         changed = [change(x) if isinstance(x, Tensor) else x for x in inputs]
         try:
-            values, grads = subject.gradients(changed)
+            incoming = [change(v) for v in subject.incoming(outputs)]
+            values, grads = subject.gradients(changed, incoming=incoming)
         except Exception as error:  # the same numbers in another shape worked
             text = said(error)
             return Finding("", "note", "raised", text, f"refuses {name} inputs")
@@ -199,6 +204,12 @@ def shapes(subject: Subject) -> Finding | None:
             subject, f"of {name} inputs", values, [change(outputs[0])], (name, "of the example"), f"{name} inputs", True
         )
         if found is not None and values[0].numel():
+            return found
+        if not values[0].numel():
+            continue
+        expected = [None if g is None else change(g) for g in whole]
+        found = agree(subject, f"of {name} inputs", grads, expected, (name, "of the example"), f"{name} inputs")
+        if found is not None:
             return found
     return None
 

@@ -66,6 +66,10 @@ SETTINGS: dict[str, Setting] = {
         lambda: [getattr(owner, name, None) for owner, name in PATCHABLE],
         lambda value: patch(value),
     ),
+    "the options of printing": (
+        lambda: dict(vars(torch._tensor_str.PRINT_OPTS)),
+        lambda value: vars(torch._tensor_str.PRINT_OPTS).update(value),
+    ),
     "the function modes": (torch._C._len_torch_function_stack, lambda value: pop_modes(value)),
     "the hooks of saved tensors": (lambda: saved_hooks(), lambda value: set_saved_hooks(value)),
 }

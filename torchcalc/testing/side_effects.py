@@ -231,10 +231,11 @@ def of_buffers(subject: Subject) -> Finding | None:
     try:
         outputs = subject.call(*leaves)
         grads = pull(outputs, xs, subject.incoming(outputs))
+        plainly = pull(outputs, xs, [torch.ones_like(y) for y in outputs])  # a factor of 1 may be left out
     except CLEAR:
         return None
     inputs = {x.untyped_storage().data_ptr(): subject.label(i) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
-    for i, g in zip(subject.wrt, grads, strict=True):
+    for i, g in zip((*subject.wrt, *subject.wrt), (*grads, *plainly), strict=True):
         if g is None or not g.numel():
             continue
         at = g.untyped_storage().data_ptr()
