@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.testing.planted_over_time import OVER_TIME
-from tests.testing.right_optimizers import SGLD, UNUSUAL, ScheduleFree
+from tests.testing.right_elementwise import SGLD, ScheduleFree
+from tests.testing.right_optimizers import UNUSUAL
 from torchcalc.testing import check_optimizer
 from torchcalc.testing.settings import generators, left_alone, settings
 

@@ -71,9 +71,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
     Reference: Srivastava et al. 2014.
 
-    >>> _ = torch.manual_seed(0)
-    >>> dropout(torch.ones(4), p=0.25)
-    tensor([1.3333, 1.3333, 1.3333, 1.3333])
+    >>> sorted(set(dropout(torch.ones(100), p=0.5).tolist()))
+    [0.0, 2.0]
     """
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
