@@ -11,10 +11,11 @@ remembers the generators' states at the start of the epoch, and a resume draws a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
@@ -106,12 +107,12 @@ class Loader:
         if epoch != self.epoch:
             self.epoch, self.position, self._resumed = epoch, 0, False
 
-    def order(self) -> Sequence[int]:
+    def order(self) -> Tensor:
         """The dataset's indices in the order of this epoch."""
         if not self.shuffle:
-            return range(len(self.dataset))
+            return torch.arange(len(self.dataset), device="cpu")
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        return torch.randperm(len(self.dataset), generator=generator, device="cpu").tolist()  # (1)
+        return torch.randperm(len(self.dataset), generator=generator, device="cpu")  # (1)
 
     def batches(self) -> Iterator[list[int]]:
         """The seed and the indices of this process's piece of every batch, from the position on."""
@@ -127,7 +128,7 @@ class Loader:
         for k in range(self.position, len(self)):
             size = min(b, n - k * b)
             start, end = (k * b + size * r // world for r in (rank, rank + 1))
-            yield [seed_of(self.seed, self.epoch, k, rank), *order[start:end]]
+            yield [seed_of(self.seed, self.epoch, k, rank), *order[start:end].tolist()]
 
     def __iter__(self) -> Iterator[Any]:
         """Return an iterator over the epoch's batches: from the first on, or right after a resume from the next on."""
