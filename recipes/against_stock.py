@@ -1,5 +1,6 @@
 """The same steps by torchcalc's parts and by torch's: equal losses, and what they cost."""
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from statistics import median
@@ -59,6 +60,8 @@ def compare(
             seconds[kind].append(time.perf_counter() - begin)
     assert batch is not None
     found = dict(losses)
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()  # what was allocated before is freed outside of the steps that are watched
     peaks = {kind: peak_of(lambda kind=kind: step(kind, *batch), device) for kind in KINDS}  # type: ignore[misc]
     return {kind: Cost(found[kind], median(seconds[kind][2:] or seconds[kind]), peaks[kind]) for kind in KINDS}
 
@@ -70,6 +73,7 @@ def peak_of(call: Callable[[], None], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to stderr that it began and ended
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
