@@ -30,13 +30,13 @@ help: ## list the commands
 	@echo '  TORCH=$(OTHER_TORCH)                        another torch, in an environment of its own (make test)'
 	@echo '  PYTHON=/path/to/python              the Python to make .venv with, 3.11 or newer'
 
-train: $(VENV)/.built ## train RECIPE (digits, descent, regression, depth, learning_rate), say where the curves are
+train: $(VENV)/.built ## train RECIPE (digits, descent, regression, depth, learning_rate, language_model), say where the curves are
 	$(BIN)/python -m recipes $(RECIPE) $(ARGS)
 
 # Style and types are properties of the source: they are checked once, with the pinned tools, and not again for TORCH=.
 test: $(if $(TORCH),,lint) pytest ## ruff, mypy, pytest with doctests; under ten minutes
 
-test-full: test sanitize ## what is slower as well: sanitizers, packaging, TensorBoard in a browser, the other torch
+test-full: test sanitize $(VENV)-examples/.installed ## what is slower as well: sanitizers, packaging, TensorBoard in a browser, the other torch
 	$(PYTEST) -m slow
 	$(MAKE) test TORCH=$(OTHER_TORCH)
 
@@ -84,6 +84,13 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile tor
 	@sed 's/^torch==.*/torch==$(PIN)/$(if $(TORCH),; /^setuptools==/d)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt 'torch==$(PIN)' hatchling editables
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e '.[recipes,dev]'
+	@touch $@
+
+# transformers and accelerate see the packages of $(VENV), and add theirs: the other tests run without them.
+$(VENV)-examples/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(VENV)-examples
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(VENV)-examples/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/examples.pth"
+	$(VENV)-examples/bin/python -m pip install --quiet -c $(VENV)/constraints.txt accelerate transformers
 	@touch $@
 
 # What the kernels are made from: C++, and the formulas. Where the loops come out as they were, this takes three seconds.

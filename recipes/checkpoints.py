@@ -2,19 +2,20 @@
 
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from torch import nn
 
 from recipes.errors import fail
+from torchcalc.resume import is_complete
 
 WORDS = ("best", "last")  # of the newest run that has checkpoints
 
 
 def newest(folder: Path, word: str) -> Path | None:
-    """The best or last checkpoint of the newest run in ``folder``: the file of that name, or else the newest file."""
-    files = sorted(folder.glob("*/checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime)
+    """The best or last checkpoint of the newest run in ``folder``: the file of that name, or else the newest complete file."""
+    files = [file for file in folder.glob("*/checkpoints/*.ckpt") if is_complete(file)]
+    files.sort(key=lambda file: file.stat().st_mtime)
     files = [file for file in files if file.parent == files[-1].parent]
     return next((file for file in files if file.stem == word), files[-1]) if files else None
 
@@ -31,7 +32,7 @@ def find(given: str, folder: Path) -> Path:
 
 def read(path: Path, recipe: str, weights_only: bool) -> dict[str, Any]:
     """The checkpoint's content, if it is one of Lightning's, and this recipe's as far as it says whose it is."""
-    if not is_zipfile(path):
+    if not is_complete(path):
         fail(f"ckpt_path: {str(path)!r} is no checkpoint, or was cut short")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)

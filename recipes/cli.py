@@ -3,6 +3,7 @@
 import inspect
 import logging
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -20,12 +21,15 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from recipes import checkpoints
 from recipes.errors import binary, blame, debugging, did_you_mean, explain, fail
 from recipes.parser import COMMANDS, Parser
+from torchcalc.instruments import ExactResume
+from torchcalc.resume import newest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
@@ -97,9 +101,11 @@ class RecipeCLI(LightningCLI):
         tidy_output()
         try:
             self.start(name, model, data, args)
+        except SIGTERMException:
+            self.interrupted(signal.SIGTERM)
         except SystemExit as end:
             if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has caught it
-                self.interrupted()
+                self.interrupted(signal.SIGINT)
             raise
         except Exception as error:
             said = explain(error)
@@ -192,6 +198,9 @@ class RecipeCLI(LightningCLI):
             if debugging():
                 raise
             fail(f"{blame(error)} (JSONARGPARSE_DEBUG=true shows the traceback)")
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ExactResume):
+                callback.quiet = True  # interrupted() says more
         if self.checkpoint:
             path, content = self.checkpoint
             if self.model.strict_loading:
@@ -226,10 +235,14 @@ class RecipeCLI(LightningCLI):
             self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, verbose=False)
             metrics = self.trainer.callback_metrics.items()
             report = [(f"test {key.removesuffix('/test')}", f"{value:.4f}") for key, value in metrics]
+        if not self.trainer.is_global_zero:
+            raise SystemExit(int(bool(diverged)))
         if hasattr(self.model, "report"):
             print(f"\n{self.model.report()}")
         if best:
             report.append(("best checkpoint", short(best)))
+        elif last := getattr(keeper, "last_model_path", ""):
+            report.append(("last checkpoint", short(last)))
         say([*report, *self.places()])
         if self.checkpoint and self.checkpoint[1]["global_step"] == steps:
             sys.stderr.write(
@@ -242,24 +255,27 @@ class RecipeCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Say so where there was no checkpoint to measure."""
-        if self.checkpoint is None:
+        if self.checkpoint is None and self.trainer.is_global_zero:
             last = checkpoints.newest(self.runs(str(self.subcommand)), "best")
             there = f"; --ckpt_path=best would be {short(last)}" if last else ""
             sys.stderr.write(f"warning: no --ckpt_path: these are the figures of a net that was not trained{there}\n")
 
     after_validate = after_test
 
-    def interrupted(self) -> NoReturn:
+    def interrupted(self, by: signal.Signals) -> NoReturn:
         """Say where the run lies and how it goes on."""
+        if not self.trainer.is_global_zero:
+            raise SystemExit(128 + by)
         epoch = self.trainer.current_epoch
-        saved = []
+        saved = None
         if isinstance(logger := self.trainer.logger, TensorBoardLogger):
-            saved = sorted(Path(logger.log_dir).glob("checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime)
-        command = f"{short(sys.executable)} -m recipes {self.name} --ckpt_path={short(saved[-1])}" if saved else ""
+            run = Path(logger.log_dir, "checkpoints")
+            saved = newest(run, "last*.ckpt") or newest(run)
+        command = f"{short(sys.executable)} -m recipes {self.name} --ckpt_path={short(saved)}" if saved else ""
         say(
             [("interrupted", f"in epoch {epoch}"), *self.places(), ("resume", command or "no checkpoint was saved yet")]
         )
-        raise SystemExit(130)  # as a shell reports SIGINT
+        raise SystemExit(128 + by)  # as a shell reports it
 
     def places(self) -> list[tuple[str, str]]:
         """Where the run lies, and how to look at it."""

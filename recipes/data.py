@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from recipes.idx import read_mnist
+from torchcalc.resume import Loader
 
 
 class Digits(LightningDataModule):
     """``load_digits`` split into 60 % train, 20 % validation and 20 % test, the classes in equal parts everywhere.
 
     Args:
-        batch_size: images a training step sees.
+        batch_size: images a training step sees, on all processes together.
         split_seed: decides which image is in which split; apart from the run's seed, so that runs are comparable.
         folder: learn from ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the same of ``t10k`` in this
             folder instead, or .gz: MNIST's names. Their test set is theirs, validation a sixth of their training set.
@@ -45,14 +46,14 @@ class Digits(LightningDataModule):
             self.test = TensorDataset(*test)
         self.train, self.val = (TensorDataset(x[i], y[i]) for i in (train, val))
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True)
+    def train_dataloader(self) -> Loader | DataLoader:
+        return Loader(self.train, self.batch_size, seed=torch.initial_seed())  # seed_everything's
 
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, 1024)
+    def val_dataloader(self) -> Loader:
+        return Loader(self.val, 1024, shuffle=False)  # on several processes, no image counts twice
 
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.test, 1024)
+    def test_dataloader(self) -> Loader:
+        return Loader(self.test, 1024, shuffle=False)
 
 
 class WholeDigits(Digits):

@@ -63,7 +63,8 @@ class Depth(LightningModule):
 
     def on_train_start(self) -> None:
         if isinstance(self.logger, TensorBoardLogger):  # a run for each kind: the curves of a depth share a chart
-            self.writers = {kind: SummaryWriter(f"{self.logger.log_dir}/{kind}") for kind in VARIANCE}
+            folder, known = self.logger.log_dir, self.global_step + 1  # a resumed run draws no step twice
+            self.writers = {kind: SummaryWriter(f"{folder}/{kind}", purge_step=known) for kind in VARIANCE}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["gradients"] = self.gradients

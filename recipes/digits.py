@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recipes.cli import RecipeCLI
 from recipes.data import Digits
 from torchcalc import nn as calc
+from torchcalc.distributed import normalizer
 
 
 class ConvNet(nn.Module):
@@ -42,6 +43,7 @@ class Classifier(LightningModule):
     def __init__(self, net: nn.Module, loss: nn.Module):
         super().__init__()
         self.net, self.loss = net, loss
+        self.share = 1.0  # what this process's mean counts in the mean over all processes' images
 
     def step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         x, y = batch
@@ -55,11 +57,17 @@ class Classifier(LightningModule):
             on_epoch=True,
             prog_bar=True,
             batch_size=len(y),
+            sync_dist=True,
         )
         return loss
 
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if self.trainer.world_size > 1:  # here, since instruments call training_step on one process alone
+            n = len(batch[1])
+            self.share = float(n / normalizer(n, device=self.device))
+
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return self.step(batch, "train")
+        return self.share * self.step(batch, "train")
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         self.step(batch, "val")

@@ -18,9 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from tests.optim.cases import CASES, NUMBERS, build, has_tensors, run
+from tests.resume.processes import mean_over_uneven_tokens
 from torchcalc import optim as ours
 
-SCENARIOS: dict[str, Callable[[], None]] = {}
+SCENARIOS: dict[str, Callable[[], None]] = {"mean_over_uneven_tokens": mean_over_uneven_tokens}
 
 
 def scenario(function: Callable[[], None]) -> Callable[[], None]:

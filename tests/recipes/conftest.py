@@ -18,7 +18,19 @@ NAMES = [config.stem for config in CONFIGS]
 
 # A run of a few steps, of any recipe; what a recipe needs beside it.
 BRIEF = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.log_every_n_steps=1"]
-BRIEF_TOO = {"descent": ["--model.frames=2"]}
+BRIEF_TOO = {
+    "descent": ["--model.frames=2"],
+    "language_model": [
+        *("--model.width=16", "--model.layers=1", "--model.heads=2", "--model.against_stock=2", "--model.sample=4"),
+        *(
+            "--data.batch_size=4",
+            "--data.context=16",
+            "--trainer.val_check_interval=2",
+            "--trainer.limit_val_batches=2",
+        ),
+        "--trainer.limit_test_batches=2",
+    ],
+}
 
 
 def brief(name: str) -> list[str]:

@@ -102,10 +102,10 @@ def test_last_is_the_last_epoch_and_best_the_best(tmp_path, monkeypatch):
     """A learning rate of 0 does not improve on the first epoch."""
     monkeypatch.chdir(tmp_path)
     main(["digits", *BRIEF, "--trainer.max_epochs=3", "--optimizer.lr=0", QUIET])
-    epochs = {
-        file.stem: torch.load(file, weights_only=True)["epoch"]
+    steps = {
+        file.stem: torch.load(file, weights_only=True)["global_step"]
         for file in (tmp_path / "runs/digits/version_0/checkpoints").iterdir()
     }
-    assert epochs == {"best": 0, "last": 2}
+    assert steps == {"best": 4, "last": 12}
     main(["digits", "--ckpt_path=best", "--trainer.max_epochs=2", QUIET])
     assert sorted(file.name for file in tmp_path.rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]

@@ -12,13 +12,16 @@ CURVES = {
     "depth": {"loss/train", "loss/val", "lr", "first_gradient_log10/200 layers"},
     "descent": {"gap_log10/rosenbrock"},
     "digits": {"loss/train", "loss/val", "accuracy/val", "lr"},
+    "language_model": {"loss/train", "loss/val", "bits_per_byte/val", "bits_per_byte/test"},
     "learning_rate": {"loss/train", "loss/val"},
     "regression": {"loss/train", "loss/least_squares", "loss/val", "convergence/gap_log10", "lr", "sharpness/lambda"},
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "descent" else ()) for name in NAMES]
+    # test_language_model.py runs that one as well.
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("descent", "language_model") else ()) for name in NAMES],
 )
 def test_config_trains(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

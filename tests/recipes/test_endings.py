@@ -43,9 +43,6 @@ def test_interrupted(epoch, tmp_path, monkeypatch, capsys):
     report = report_rows(out)
     assert report["interrupted"] == f"in epoch {epoch}"
     assert report["run"] == "runs/digits/version_0"
-    if epoch == 0:
-        assert report["resume"] == "no checkpoint was saved yet"
-        return
     python, *command = shlex.split(report["resume"])
     assert python == sys.executable and command[:2] == ["-m", "recipes"]
     main([*command[2:], QUIET])

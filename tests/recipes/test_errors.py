@@ -1,15 +1,15 @@
 """A wrong key or value, on the command line or in a YAML file, ends in one line that names it, before training."""
 
-import errno
 import os
 import sys
 
 import pytest
+import torch
 
 from recipes.__main__ import main
 from tests.recipes.conftest import BRIEF
 
-RECIPES = "depth, descent, digits, learning_rate, regression"
+RECIPES = "depth, descent, digits, language_model, learning_rate, regression"
 SGD = "optimizer: {class_path: torch.optim.SGD, init_args: {%s}}"
 
 GRADIENT_FLOW = "torchcalc.instruments.GradientFlow"
@@ -58,6 +58,16 @@ ARGUMENTS = [
     (["digits", "--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: there is no class 'EarlyStoping'"),
     (["digits", "--ckpt_path=nowhere.ckpt"], "ckpt_path: there is no file 'nowhere.ckpt'"),
     (["digits", f"--ckpt_path={__file__}"], "is no checkpoint, or was cut short"),
+    (
+        ["language_model", "--data.file=nowhere.txt"],
+        "recipes.text.Text: file=nowhere.txt: No such file or directory; leave",
+    ),
+    (["language_model", f"--data.file={sys.executable}"], "is no text in UTF-8"),
+    (["language_model", f"--data.file={__file__}"], "characters are too few; twenty blocks of 4096 are needed"),
+    (["language_model", "--data.vocabulary=100"], "vocabulary=100: must be at least 256, the bytes"),
+    (["language_model", "--data.context=9999"], "context=9999: a part of the text has"),
+    (["language_model", "--model.heads=3"], "width=128: must be a multiple of heads=3"),
+    (["language_model", "--model.parts=jax"], "model.parts: expected 'torchcalc', 'torch', got 'jax'"),
     (["descent", "--optimizer=torch.optim.SGD"], "there is no option 'optimizer'"),
     (
         ["digits", f"--trainer.callbacks+={GRADIENT_FLOW}", "--trainer.callbacks.init_args.budget=2"],
@@ -149,14 +159,17 @@ def test_a_folder_that_cannot_be_written(name, capsys, monkeypatch, tmp_path):
 
 
 def test_a_full_disk(capsys, monkeypatch, tmp_path):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "of a copy", None, "best.ckpt")
+    save = torch.save
+
+    def full(content, file):
+        file.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        save(content, file)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+    monkeypatch.setattr(torch, "save", full)
     code, error = one_error(["digits", *BRIEF, "--trainer.enable_progress_bar=false"], capsys)
     assert code == 2
-    assert error.startswith("error: No space left on device: 'best.ckpt'; if it is of the runs' folder, ")
+    assert error.startswith("error: No space left on device: 'runs/digits/version_0/checkpoints/last.ckpt'; if it is")
 
 
 def test_traceback_on_request(monkeypatch):

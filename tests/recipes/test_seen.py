@@ -75,6 +75,7 @@ DASHBOARDS = {
     "depth": ["accuracy/2 layers", "accuracy/20 layers", "accuracy/200 layers", "first_gradient_log10/200 layers"],
     "descent": [f"gap_log10/{surface}" for surface in ("bowl", "rosenbrock", "beale", "himmelblau")],
     "digits": ["loss", "accuracy", "gradient norm", "update / weight", "sharpness λ and its threshold"],
+    "language_model": ["loss", "bits_per_byte"],
     "learning_rate": ["loss", "sweep/loss_log10", "sweep/sharpness"],
     "regression": ["loss", "convergence", "sharpness λ and its threshold"],
 }
