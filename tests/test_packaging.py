@@ -99,7 +99,7 @@ def test_package_is_typed():
     assert (Path(torchcalc.__file__).parent / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *EXTRAS["recipes"], *EXTRAS["dev"]])
+@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *(text for extra in EXTRAS.values() for text in extra)])
 def test_requirement_is_pinned_and_admits_its_pin(text):
     requirement = Requirement(text)
     assert requirement.specifier.contains(PINS[requirement.name.lower()])

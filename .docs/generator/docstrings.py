@@ -19,7 +19,9 @@ from generator.public import targets
 __all__ = ["Docstrings", "arguments", "linked"]
 
 _ROLE = re.compile(r":(func|class|meth|mod|attr):`~?([^`]+)`")
-_ENTRY = re.compile(r"^( {4,8})(\*{0,2}\w+(?:, \*{0,2}\w+)*)(?: \([^)\n]*\))?: (.*(?:\n\1 +.*|\n(?=\n\1 {2}))*)", re.MULTILINE)
+_ENTRY = re.compile(
+    r"^( {4,8})(\*{0,2}\w+(?:, \*{0,2}\w+)*)(?: \([^)\n]*\))?: (.*(?:\n\1 +.*|\n(?=\n\1 {2}))*)", re.MULTILINE
+)
 
 
 class Docstrings(griffe.Extension):
@@ -44,9 +46,11 @@ def apart(doc: str) -> str:
     def split(entry: re.Match[str]) -> str:
         return "\n".join(f"{entry[1]}{name}: {entry[3]}" for name in entry[2].split(", "))
 
-    before, mark, sections = re.split(r"(^(?:Args|Attributes):\n)", doc, maxsplit=1, flags=re.MULTILINE) if re.search(
-        r"^(?:Args|Attributes):\n", doc, re.MULTILINE
-    ) else (doc, "", "")
+    before, mark, sections = (
+        re.split(r"(^(?:Args|Attributes):\n)", doc, maxsplit=1, flags=re.MULTILINE)
+        if re.search(r"^(?:Args|Attributes):\n", doc, re.MULTILINE)
+        else (doc, "", "")
+    )
     section, gap, after = sections.partition("\n\n")
     return before + mark + re.sub(_ENTRY, split, section) + gap + after
 
@@ -75,7 +79,9 @@ def _link(role: re.Match[str]) -> str:
 def entries(doc: str | None) -> dict[str, str]:
     """Argument to its explanation, of the sections Args and Attributes of a docstring."""
     found: dict[str, str] = {}
-    for section in re.finditer(r"^(?:Args|Attributes|Parameters):\n(.*?)(?=^\S|\Z)", inspect.cleandoc(doc or ""), re.MULTILINE | re.DOTALL):
+    for section in re.finditer(
+        r"^(?:Args|Attributes|Parameters):\n(.*?)(?=^\S|\Z)", inspect.cleandoc(doc or ""), re.MULTILINE | re.DOTALL
+    ):
         for entry in _ENTRY.finditer(section[1]):
             for name in entry[2].replace("*", "").split(", "):
                 found[name] = " ".join(entry[3].split())
@@ -99,7 +105,9 @@ def arguments(value: Any) -> dict[str, str]:
             module, _, name = full.rpartition(".")
             told.update(entries(getattr(importlib.import_module(module), name).__doc__))
     own = entries(value.__doc__)
-    told.update({name: text for name, text in own.items() if not (name in told and text.startswith(("of :", "as for :")))})
+    told.update(
+        {name: text for name, text in own.items() if not (name in told and text.startswith(("of :", "as for :")))}
+    )
     names = [name for name in inspect.signature(value).parameters if name != "self" and not name.startswith("_")]
     if issubclass(value, torch.nn.Module) if inspect.isclass(value) else False:
         names = [name for name in names if name not in ("args", "kwargs")]  # of modules that take nothing

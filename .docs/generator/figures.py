@@ -24,7 +24,9 @@ Curve = tuple[str, Callable[[Tensor], Tensor], float, float, str]
 
 def _against(loss: Callable[..., Tensor], target: float, *more: float, **options: Any) -> Callable[[Tensor], Tensor]:
     """A loss of one number against a target, as a function of the prediction."""
-    return lambda x: loss(x, torch.full_like(x, target), *(torch.full_like(x, v) for v in more), reduction="none", **options)
+    return lambda x: loss(
+        x, torch.full_like(x, target), *(torch.full_like(x, v) for v in more), reduction="none", **options
+    )
 
 
 #: By the page's name: label, function, from, to, what x is.
@@ -98,7 +100,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "RMSprop": dict(lr=0.2),
     "Adagrad": dict(lr=1.0),
     "NAdam": dict(lr=0.3),
-    "RAdam": dict(lr=0.5),
+    "RAdam": dict(lr=0.08),
     "Adamax": dict(lr=0.4),
     "Adadelta": dict(lr=20.0),
     "ASGD": dict(lr=0.09),
@@ -130,12 +132,21 @@ def path(name: str) -> str:
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     x0, x1, y0, y1 = bowl.bounds
     grid = torch.cartesian_prod(torch.linspace(x0, x1, 121), torch.linspace(y0, y1, 91)).view(121, 91, 2)
-    left.contour(grid[:, 0, 0], grid[0, :, 1], bowl(grid).T, levels=[0.1, 0.5, 2, 5, 10, 20, 35, 55], colors="#BBBBBB", linewidths=0.8)
+    left.contour(
+        grid[:, 0, 0],
+        grid[0, :, 1],
+        bowl(grid).T,
+        levels=[0.1, 0.5, 2, 5, 10, 20, 35, 55],
+        colors="#BBBBBB",
+        linewidths=0.8,
+    )
     left.plot(points[:, 0], points[:, 1], "o-", color=BLUE, markersize=2.5, linewidth=1)
     left.plot(*bowl.minima[0], "+", color=ORANGE, markersize=11, markeredgewidth=2)
     left.set(xlim=(x0, x1), ylim=(y0, y1), xlabel="x, curvature 1", ylabel="y, curvature 20")
     right.plot(losses, color=BLUE)
-    right.set(yscale="log", xlabel="step", ylabel="loss", ylim=(max(float(losses.min()), 1e-12) / 2, 2 * float(losses.max())))
+    right.set(
+        yscale="log", xlabel="step", ylabel="loss", ylim=(max(float(losses.min()), 1e-12) / 2, 2 * float(losses.max()))
+    )
     right.grid(color="#EEEEEE")
     return svg(figure)
 

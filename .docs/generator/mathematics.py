@@ -15,7 +15,9 @@ __all__ = ["formula", "markdown", "papers", "prose", "title"]
 _GROUP = r"\((?:[^()]|\([^()]*\))*\)"
 _POWER = re.compile(rf"\^({_GROUP}|[-−]?(?:½|\d+|\|\w\||[^\W\d_])'?)")
 _INDEX = re.compile(rf"_({_GROUP}|\w+)")
-_INLINE = re.compile(rf"(?<![\w`])[^\W\d_][\u0300-\u036f]?_(?:{_GROUP}|\w)(?![\w(])|(?<=[\w)])\^{_GROUP}|\b[^\W\d_]\^[-−]?\w\b|(?<=[\w)])\^[-−]?½")
+_INLINE = re.compile(
+    rf"(?<![\w`])[^\W\d_][\u0300-\u036f]?_(?:{_GROUP}|\w)(?![\w(])|(?<=[\w)])\^{_GROUP}|\b[^\W\d_]\^[-−]?\w\b|(?<=[\w)])\^[-−]?½"
+)
 _NUMBERED = re.compile(r"^(.*?)\s{2,}\((\d+'?)\)\s*\.?$")
 _CODE = re.compile(r"(``[^`]+``|`[^`]+`|:\w+:`[^`]+`)")
 
@@ -34,7 +36,7 @@ def formula(text: str) -> str:
             base = len(word) == 1
             article = word == "a" and re.search(r"[a-z]{2} $", text[:at]) and re.match(r"a [a-z]{2}", rest)
             # Σ and Φ are no variables; μm is a product of two.
-            variables = (base and word.isascii() or "α" <= word[0] <= "ω") and not article
+            variables = ((base and word.isascii()) or "α" <= word[0] <= "ω") and not article
             out.append("".join(f"<i>{letter}</i>" for letter in word) if variables else html.escape(word))
         elif found := re.match(r" {2,}", rest):
             out.append("&emsp;" * min(4, len(found[0]) // 2))
@@ -43,7 +45,7 @@ def formula(text: str) -> str:
             found = re.match(r".", rest)
             assert found
             out.append(html.escape(found[0]))
-            base = base and "\u0300" <= found[0] <= "\u036f" or found[0] in "∂Σ"
+            base = (base and "\u0300" <= found[0] <= "\u036f") or found[0] in "∂Σ"
         at += found.end()
     return "".join(out)
 

@@ -71,9 +71,7 @@ def page(file: PublicFile) -> str:
 
 def namespace(file: PublicFile) -> str:
     """Where its names are imported from."""
-    return {section: "functional" for section in FUNCTIONS}.get(file.section, file.section.lower()).replace(
-        "optimizers", "optim"
-    )
+    return dict.fromkeys(FUNCTIONS, "functional").get(file.section, file.section.lower()).replace("optimizers", "optim")
 
 
 def up(file: PublicFile) -> str:
@@ -100,7 +98,10 @@ def pictured(file: PublicFile) -> list[str]:
         settings = ", ".join(f"{key}={value}" for key, value in figures.SETTINGS[name].items())
         steps = len(figures.descend(name)[0]) - 1
         text = f"`{name}({settings})` on the bowl (x² + 20y²)/2, {steps} steps from (-4, 1.5)"
-        made += [f"![{name} on a quadratic valley](../figures/{name}.svg)", text + "; the other hyperparameters by default."]
+        made += [
+            f"![{name} on a quadratic valley](../figures/{name}.svg)",
+            text + "; the other hyperparameters by default.",
+        ]
     return made
 
 
@@ -123,7 +124,14 @@ def saved(file: PublicFile) -> list[str]:
         elif not paragraph.startswith("    "):
             sentences = re.split(r"(?<=[.;:]) (?=[A-Z])|(?<=;) ", text)
             found += [s for s in sentences if re.search(r"(^| )([Ss]aves|Both save)\b|\b(is|are) saved\b", s)]
-    return ["## What is saved for backward", prose(" ".join(s.rstrip(";") + ("." if s.endswith(";") else "") for s in found))] if found else []
+    return (
+        [
+            "## What is saved for backward",
+            prose(" ".join(s.rstrip(";") + ("." if s.endswith(";") else "") for s in found)),
+        ]
+        if found
+        else []
+    )
 
 
 def twin(file: PublicFile) -> list[str]:

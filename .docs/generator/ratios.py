@@ -47,5 +47,6 @@ def ratios(names: list[str]) -> str:
             if any(re.search(rf"(?<!\w){name}(?!\w)", row[0]) for name in names):
                 about.setdefault(tuple(head), []).append(row)
     return "\n\n".join(
-        "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows]) for head, rows in about.items()
+        "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+        for head, rows in about.items()
     )
