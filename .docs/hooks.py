@@ -24,7 +24,7 @@ def on_config(config: MkDocsConfig) -> None:
     """The navigation: what was written, then what is made."""
     reference: dict[str, list[Any]] = {}
     for file in public.files():
-        title = ", ".join(file.functions or file.classes)
+        title = ", ".join(file.title)
         reference.setdefault(file.section, []).append({title: file.uri})
     config.nav = [
         {"torchcalc": "index.md"},

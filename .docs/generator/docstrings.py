@@ -14,11 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # griffe loads this file by its path
 from generator.mathematics import papers, prose
-from generator.public import targets
+from generator.public import ROLE, link, targets
 
 __all__ = ["Docstrings", "arguments", "linked"]
 
-_ROLE = re.compile(r":(func|class|meth|mod|attr):`~?([^`]+)`")
 _ENTRY = re.compile(
     r"^( {4,8})(\*{0,2}\w+(?:, \*{0,2}\w+)*)(?: \([^)\n]*\))?: (.*(?:\n\1 +.*|\n(?=\n\1 {2}))*)", re.MULTILINE
 )
@@ -35,7 +34,9 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = inspect.getdoc(cls) or obj.docstring.value  # which `documented` has completed
         if not obj.is_module:
             value = obj.docstring.value
-            if obj.is_function and obj.returns is not None:  # else what stands before a colon is taken for the type
+            if (
+                isinstance(obj, griffe.Function) and obj.returns is not None
+            ):  # else what stands before a colon is taken for the type
                 value = re.sub(r"^Returns:\n    (?=\S)", f"Returns:\n    {obj.returns}: ", value, flags=re.MULTILINE)
             obj.docstring.value = linked(apart(value))
 
@@ -62,18 +63,12 @@ def linked(doc: str) -> str:
         if paragraph.startswith(">>>"):
             paragraph = f"```pycon\n{paragraph.rstrip()}\n```"
         elif not paragraph.lstrip().startswith(">>>"):
-            paragraph = papers(_ROLE.sub(_link, paragraph))
+            paragraph = papers(ROLE.sub(link, paragraph))
             if found := re.match(r"Differs from torch[:,] ?", paragraph):
                 body = paragraph[found.end() :].replace("\n", "\n    ")
                 paragraph = f'!!! note "Differs from torch"\n\n    {body}'
         paragraphs.append(paragraph)
     return "\n\n".join(paragraphs)
-
-
-def _link(role: re.Match[str]) -> str:
-    short = role[2].rpartition(".")[2]
-    where = targets().get(role[2]) if role[1] in ("func", "class") else None
-    return f"[`{short}`][{where}]" if where else f"`{role[2] if role[1] == 'mod' else short}`"
 
 
 def entries(doc: str | None) -> dict[str, str]:
@@ -100,7 +95,7 @@ def arguments(value: Any) -> dict[str, str]:
                 told.update({name: _without_rst(text) for name, text in entries(parent.__doc__).items()})
             elif parent.__module__.startswith("torchcalc."):
                 told.update(entries(parent.__doc__))
-    for role in _ROLE.finditer(value.__doc__ or ""):
+    for role in ROLE.finditer(value.__doc__ or ""):
         if (full := targets().get(role[2])) and not full.endswith("." + value.__name__):
             module, _, name = full.rpartition(".")
             told.update(entries(getattr(importlib.import_module(module), name).__doc__))

@@ -52,7 +52,7 @@ CURVES: dict[str, list[Curve]] = {
     "losses/smooth_l1": [("smooth_l1_loss, beta = 1", _against(f.smooth_l1_loss, 0), -3, 3, "input - target")],
     "losses/binary_cross_entropy": [
         ("…with_logits, target 1", _against(f.binary_cross_entropy_with_logits, 1), -5, 5, "logit"),
-        ("binary_cross_entropy, target 1", _against(f.binary_cross_entropy, 1), 0.25, 1, "probability"),
+        ("binary_cross_entropy, target 1", _against(f.binary_cross_entropy, 1), 0.2, 0.98, "probability"),
     ],
     "losses/kl_div": [("kl_div, target 0.5", _against(f.kl_div, 0.5), -4, 0, "log-probability")],
     "losses/poisson_nll": [("poisson_nll_loss, target 2", _against(f.poisson_nll_loss, 2), -2, 2, "log of the rate")],
@@ -72,7 +72,7 @@ def derivatives(curve: Curve, points: int = 401) -> tuple[Tensor, Tensor, Tensor
     if first.requires_grad:
         found = torch.autograd.grad(first.sum(), x, allow_unused=True)[0]
         second = second if found is None else found
-    return tuple(t.detach() for t in (x, y, first, second))
+    return x.detach(), y.detach(), first.detach(), second.detach()
 
 
 def curves(page: str) -> str:
@@ -81,7 +81,7 @@ def curves(page: str) -> str:
     for ax, curve in zip(figure.subplots(1, len(CURVES[page]), squeeze=False)[0], CURVES[page], strict=True):
         x, *values = derivatives(curve)
         for y, colour, label in zip(values, (BLUE, ORANGE, GREEN), ("f", "f′", "f″"), strict=True):
-            jump = y.diff().abs() > 0.3  # at a kink there is no line from one side to the other
+            jump = y.diff().abs() > max(0.2, 0.1 * float(y.max() - y.min()))  # no line from one side of it to the other
             y = torch.where(torch.cat([jump, jump[:1] & False]), torch.nan, y)
             ax.plot(x, y, color=colour, label=label, linewidth=1.8)
         ax.axhline(0, color="#BBBBBB", linewidth=0.6, zorder=0)

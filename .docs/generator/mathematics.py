@@ -10,15 +10,17 @@ from __future__ import annotations
 import html
 import re
 
+from generator.public import ROLE, link
+
 __all__ = ["formula", "markdown", "papers", "prose", "title"]
 
 _GROUP = r"\((?:[^()]|\([^()]*\))*\)"
 _POWER = re.compile(rf"\^({_GROUP}|[-−]?(?:½|\d+|\|\w\||[^\W\d_])'?)")
 _INDEX = re.compile(rf"_({_GROUP}|\w+)")
 _INLINE = re.compile(
-    rf"(?<![\w`])[^\W\d_][\u0300-\u036f]?_(?:{_GROUP}|\w)(?![\w(])|(?<=[\w)])\^{_GROUP}|\b[^\W\d_]\^[-−]?\w\b|(?<=[\w)])\^[-−]?½"
+    rf"(?<![\w`])[^\W\d_][\u0300-\u036f]?_(?:{_GROUP}|\w)(?![\w(])|(?<=[\w)])\^{_GROUP}|\b[^\W\d_]\^[-−]?\w\b|(?<=[\w)])\^[-−]?½|\b[^\W\d_]\^-\|\w\|"
 )
-_NUMBERED = re.compile(r"^(.*?)\s{2,}\((\d+'?)\)\s*\.?$")
+_NUMBERED = re.compile(r"^(?=.{80}|.*\s{2,}\(\d+'?\)\s*\.?$)(.*?)\s+\((\d+'?)\)\s*\.?$")
 _CODE = re.compile(r"(``[^`]+``|`[^`]+`|:\w+:`[^`]+`)")
 
 
@@ -34,9 +36,10 @@ def formula(text: str) -> str:
         elif found := re.match(r"[A-Za-zͰ-Ͽ]+", rest):
             word = found[0]
             base = len(word) == 1
-            article = word == "a" and re.search(r"[a-z]{2} $", text[:at]) and re.match(r"a [a-z]{2}", rest)
+            apart = re.search(r"(^|[a-z]{2}\s+|[:,;.] )$", text[:at]) and re.match(r"a [a-z]{2}", rest)
+            no_variable = (word == "a" and apart) or (word == "s" and text[:at].endswith("'"))
             # Σ and Φ are no variables; μm is a product of two.
-            variables = ((base and word.isascii()) or "α" <= word[0] <= "ω") and not article
+            variables = ((base and word.isascii()) or "α" <= word[0] <= "ω") and not no_variable
             out.append("".join(f"<i>{letter}</i>" for letter in word) if variables else html.escape(word))
         elif found := re.match(r" {2,}", rest):
             out.append("&emsp;" * min(4, len(found[0]) // 2))
@@ -56,7 +59,8 @@ def _bare(group: str) -> str:
 
 def prose(text: str, numbers: frozenset[str] = frozenset()) -> str:
     """Running text as Markdown: its characters mean themselves, its (1) leads to equation 1, papers are linked."""
-    return "".join(part if i % 2 else _plain(part, numbers) for i, part in enumerate(_CODE.split(text)))
+    parts = enumerate(_CODE.split(text))
+    return "".join(ROLE.sub(link, part) if i % 2 else _plain(part, numbers) for i, part in parts)
 
 
 def _plain(text: str, numbers: frozenset[str]) -> str:
@@ -138,8 +142,18 @@ def _displayed(block: list[str], numbers: frozenset[str]) -> str:
         text = body.lstrip()
         at = f' style="padding-left:{(len(body) - len(text)) / 2:g}em"' if text != body else ""
         mark = f'<a class="number" id="{anchor(found[2])}">({found[2]})</a>' if found else ""
-        made.append(f"<div><span{at}>{formula(text)}</span>{mark}</div>")
+        made.append(f"<div><span{at}>{_columns(text)}</span>{mark}</div>")
     return "\n".join([*made, "</div>"])
+
+
+def _columns(text: str) -> str:
+    """A line whose parts stand apart, such as a rule and its remark: those that are aligned in the text stay so."""
+    found = re.match(r"(\S.*?)\s{4,}(?=\S)", text)
+    if not found:
+        return formula(text)
+    return f'<span class="column" style="min-width:{found.end() / 2:g}em">{formula(found[1])}</span>' + formula(
+        text[found.end() :]
+    )
 
 
 def _fenced(block: list[str], numbers: frozenset[str]) -> str:

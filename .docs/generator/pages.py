@@ -37,15 +37,15 @@ LIMITS = {
 def page(file: PublicFile) -> str:
     """The Markdown of a file's page."""
     name, what, rest = title(file.doc)
-    parts = [f"# {', '.join(f'`{n}`' for n in file.functions or file.classes)}"]
-    parts.append(f"{prose(name)}.  In [`torchcalc.{namespace(file)}`]({up(file)}index.md), from `{file.path}`.")
+    parts = [f"# {', '.join(f'`{n}`' for n in file.title)}"]
+    parts.append(f"{prose(name)}.  {imported(file.section)} The file is `{file.path}`.")
     if what:
         parts.append(f'<div class="equations" markdown="0"><div><span>{formula(what.rstrip("."))}</span></div></div>')
     parts += pictured(file)
     if rest.strip():
         heading = "Rule" if file.section == "Optimizers" else "Derivation" if file.section in FUNCTIONS else "About"
         parts.append(f"## {heading}")
-        parts.append(markdown(re.sub(r"^Derivation\.\s+", "", rest.strip())))
+        parts.append(markdown(re.sub(r"^Derivation\.\s+", "", rest.strip("\n"))))
     if file.section in FUNCTIONS:
         parts += saved(file)
     if file.section == "Optimizers":
@@ -69,14 +69,11 @@ def page(file: PublicFile) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def namespace(file: PublicFile) -> str:
-    """Where its names are imported from."""
-    return dict.fromkeys(FUNCTIONS, "functional").get(file.section, file.section.lower()).replace("optimizers", "optim")
-
-
-def up(file: PublicFile) -> str:
-    """The way from a page to the reference's first."""
-    return "../" * (file.uri.count("/") - 1)
+def imported(section: str) -> str:
+    """Where names are imported from."""
+    if section in FUNCTIONS:
+        return "Functions from `torchcalc.functional`, modules from `torchcalc.nn`."
+    return f"From `torchcalc.{'optim' if section == 'Optimizers' else section.lower()}`."
 
 
 def members(file: PublicFile, name: str) -> str:
@@ -169,8 +166,8 @@ def limit(file: PublicFile) -> list[str]:
                 f"With the default hyperparameters and λ = 1 that is {number:.4g}."
             )
         else:
-            parts.append(f"No limit is known of `{name}`: its step is no linear recurrence on a quadratic.")
-    if parts:
+            parts.append(f"No limit was derived for `{name}`.")
+    if set(file.classes) & set(LIMITS):
         parts.append("[The derivation](../convergence/stability.md), [how to measure λ](../../guides/step.md).")
     return ["## Stability limit", *parts] if parts else []
 
@@ -189,7 +186,7 @@ def index() -> str:
     for file in files():
         if file.section != section:
             section = file.section
-            parts.append(f"## {section}\n\nFrom `torchcalc.{namespace(file)}`.\n\n| name | in one line |\n|---|---|")
+            parts.append(f"## {section}\n\n{imported(section)}\n\n| name | in one line |\n|---|---|")
         for name in file.names:
             value = file[name]
             first = (inspect.getdoc(value) or "").partition("\n")[0] if callable(value) else "The surfaces, by name."

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
 
-__all__ = ["NAMESPACES", "PublicFile", "files", "home", "targets"]
+__all__ = ["NAMESPACES", "ROLE", "PublicFile", "files", "home", "link", "targets"]
+
+#: A reference in a docstring: what kind, and where to.
+ROLE = re.compile(r":(func|class|meth|mod|attr):`~?([^`]+)`")
 
 NAMESPACES = ("functional", "nn", "optim", "calculus", "convergence", "instruments", "testing", "autograd")
 
@@ -56,6 +60,11 @@ class PublicFile:
         return [name for name in self.names if not inspect.isclass(self[name])]
 
     @property
+    def title(self) -> list[str]:
+        """What the page is called: a module goes without saying beside its function."""
+        return self.functions if self.module.split(".")[1] in ("activations", "layers", "losses") else list(self.names)
+
+    @property
     def classes(self) -> list[str]:
         return [name for name in self.names if inspect.isclass(self[name])]
 
@@ -99,3 +108,10 @@ def targets() -> dict[str, str]:
         for name in importlib.import_module(f"torchcalc.{short}").__all__:
             found[f"torchcalc.{short}.{name}"] = found[name]
     return found
+
+
+def link(role: re.Match[str]) -> str:
+    """A docstring's reference as Markdown: to the page, if what it names is public, else the name."""
+    short = role[2].rpartition(".")[2]
+    where = targets().get(role[2]) if role[1] in ("func", "class") else None
+    return f"[`{short}`][{where}]" if where else f"`{role[2] if role[1] == 'mod' else short}`"
