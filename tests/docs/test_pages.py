@@ -17,17 +17,19 @@ from torchcalc.testing.__main__ import main as run_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {str(path.relative_to(snippets.PAGES)): path.read_text() for path in sorted(snippets.PAGES.rglob("*.md"))}
+README = {"README.md": (ROOT / "README.md").read_text()}  # whose Python has tests of its own
 NUMBER = r"\d+(?:\.\d+)?"
 
 
-def with_blocks(language: str) -> list[str]:
-    return [name for name, text in PAGES.items() if snippets.blocks(text, language)]
+def all_blocks(language: str) -> list[tuple[str, str]]:
+    """(page, block) of a language, of the README too."""
+    return [(name, block) for name, text in (PAGES | README).items() for block in snippets.blocks(text, language)]
 
 
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")  # by Lightning
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # for data in memory
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # only the example's are so few
-@pytest.mark.parametrize("name", with_blocks("python"))
+@pytest.mark.parametrize("name", [name for name, text in PAGES.items() if snippets.blocks(text, "python")])
 def test_code_prints_what_is_shown(name, monkeypatch, tmp_path):
     """Numbers to 20 %: they come out of float32 and another machine's rounding."""
     monkeypatch.chdir(tmp_path)
@@ -38,14 +40,12 @@ def test_code_prints_what_is_shown(name, monkeypatch, tmp_path):
             assert float(ours) == pytest.approx(float(theirs), rel=0.2), (printed, shown)
 
 
-COMMANDS = [
-    (name, line) for name in with_blocks("sh") for b in snippets.blocks(PAGES[name], "sh") for line in b.splitlines()
-]
+COMMANDS = [(name, line) for name, block in all_blocks("sh") for line in block.splitlines()]
 
 
 @pytest.mark.parametrize(("name", "line"), COMMANDS, ids=[f"{name}: {line}" for name, line in COMMANDS])
 def test_command_works(name, line, capsys):
-    words = shlex.split(line)
+    words = shlex.split(line, comments=True)
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert words[1] in targets
@@ -70,7 +70,7 @@ class _nothing:
         return False
 
 
-SETTINGS = [(name, block) for name in with_blocks("yaml") for block in snippets.blocks(PAGES[name], "yaml")]
+SETTINGS = all_blocks("yaml")
 
 
 @pytest.mark.parametrize(("name", "block"), SETTINGS, ids=[name for name, _ in SETTINGS])

@@ -57,6 +57,14 @@ def test_errors_are_explained(short, name):
         assert re.search(r"^\s*Raises( \(when called\))?[:,]", value.__doc__ or "", re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", functional.__all__)
+def test_shapes_and_dtypes_are_said(name):
+    args, _, returns = getattr(functional, name).__doc__.partition("Returns:")
+    assert re.search(r"\bshapes?\b|\bdimensions?\b|``\(", args), "of the arguments"
+    assert re.search(r"\bshapes?\b|0-d|``\(|like", returns), "of the result"
+    assert "dtype" in args
+
+
 @pytest.mark.parametrize("name", [*functional.__all__, *sorted(OPTIMIZERS)])
 def test_source_is_named(name):
     """A paper in its docstring or its file's; where there is none to name, torch's function of that name."""
