@@ -14,11 +14,11 @@ from generator.public import ROLE, link
 
 __all__ = ["formula", "markdown", "papers", "prose", "title"]
 
-_GROUP = r"\((?:[^()]|\([^()]*\))*\)"
+_GROUP = r"(?:\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\})"
 _POWER = re.compile(rf"\^({_GROUP}|[-−]?(?:½|\d+|\|\w\||[^\W\d_])'?)")
-_INDEX = re.compile(rf"_({_GROUP}|\w+)")
+_INDEX = re.compile(rf"_({_GROUP}|[A-Za-z0-9Ͱ-Ͽ]+)")
 _INLINE = re.compile(
-    rf"(?<![\w`])[^\W\d_][\u0300-\u036f]?_(?:{_GROUP}|\w)(?![\w(])|(?<=[\w)])\^{_GROUP}|\b[^\W\d_]\^[-−]?\w\b|(?<=[\w)])\^[-−]?½|\b[^\W\d_]\^-\|\w\|"
+    rf"(?<![\w`])[^\W\d_][\u0300-\u036f]?_(?:{_GROUP}|[ijkn]{{2}}|\w)(?![\w(])|(?<=[\w)])\^{_GROUP}|\b[^\W\d_]\^[-−]?\w\b|(?<=[\w)])\^[-−]?½|\b[^\W\d_]\^-\|\w\|"
 )
 _NUMBERED = re.compile(r"^(?=.{80}|.*\s{2,}\(\d+'?\)\s*\.?$)(.*?)\s+\((\d+'?)\)\s*\.?$")
 _CODE = re.compile(r"(``[^`]+``|`[^`]+`|:\w+:`[^`]+`)")
@@ -36,10 +36,13 @@ def formula(text: str) -> str:
         elif found := re.match(r"[A-Za-zͰ-Ͽ]+", rest):
             word = found[0]
             base = len(word) == 1
+            product = bool(re.match("[A-Z][a-z]_", rest))  # Hv_k, whose index is that of v
             apart = re.search(r"(^|[a-z]{2}\s+|[:,;.] )$", text[:at]) and re.match(r"a [a-z]{2}", rest)
             no_variable = (word == "a" and apart) or (word == "s" and text[:at].endswith("'"))
             # Σ and Φ are no variables; μm is a product of two.
             variables = ((base and word.isascii()) or "α" <= word[0] <= "ω") and not no_variable
+            base = base or product
+            variables = variables or product
             out.append("".join(f"<i>{letter}</i>" for letter in word) if variables else html.escape(word))
         elif found := re.match(r" {2,}", rest):
             out.append("&emsp;" * min(4, len(found[0]) // 2))
@@ -54,7 +57,7 @@ def formula(text: str) -> str:
 
 
 def _bare(group: str) -> str:
-    return group[1:-1] if group.startswith("(") else group
+    return group[1:-1] if group.startswith(("(", "{")) else group
 
 
 def prose(text: str, numbers: frozenset[str] = frozenset()) -> str:
@@ -75,6 +78,7 @@ def _plain(text: str, numbers: frozenset[str]) -> str:
 
 def _escaped(text: str, numbers: frozenset[str]) -> str:
     text = re.sub(r"([\\*_\[\]#|])", r"\\\1", html.escape(text, quote=False))
+    text = re.sub(r"(?<!\w)\\\*(\w+)\\\*(?!\w)", r"*\1*", text)  # emphasis
     text = re.sub(r"\((\d+'?)\)", lambda n: f"[({n[1]})](#{anchor(n[1])})" if n[1] in numbers else n[0], text)
     return papers(text)
 
@@ -161,6 +165,12 @@ def _fenced(block: list[str], numbers: frozenset[str]) -> str:
     return "\n".join(["```text", *(line[indent:] for line in block), "```"])
 
 
+def _table(block: list[str], numbers: frozenset[str]) -> str:
+    """A table of two columns in reStructuredText, between rules."""
+    rows = [re.split(r"\s{2,}", line, maxsplit=1) for line in block if not line.startswith("=")]
+    return "\n".join(["| | |", "|---|---|", *(f"| {prose(a)} | {prose(b)} |" for a, b in rows)])
+
+
 _MADE = {
     "prose": lambda block, numbers: prose("\n".join(block), numbers),
     "list": lambda block, numbers: "\n".join(
@@ -168,7 +178,7 @@ _MADE = {
     ),
     "indented": _displayed,
     "preformatted": _fenced,
-    "table": _fenced,
+    "table": _table,
     "doctest": lambda block, numbers: "\n".join(["```pycon", *block, "```"]),
 }
 

@@ -38,14 +38,14 @@ def page(file: PublicFile) -> str:
     """The Markdown of a file's page."""
     name, what, rest = title(file.doc)
     parts = [f"# {', '.join(f'`{n}`' for n in file.title)}"]
-    parts.append(f"{prose(name)}.  {imported(file.section)} The file is `{file.path}`.")
+    parts.append(f"{prose(name)}.  {imported(file.section, bool(file.classes))} The file is `{file.path}`.")
     if what:
         parts.append(f'<div class="equations" markdown="0"><div><span>{formula(what.rstrip("."))}</span></div></div>')
     parts += pictured(file)
     if rest.strip():
         heading = "Rule" if file.section == "Optimizers" else "Derivation" if file.section in FUNCTIONS else "About"
         parts.append(f"## {heading}")
-        parts.append(markdown(re.sub(r"^Derivation\.\s+", "", rest.strip("\n"))))
+        parts.append(markdown(re.sub(r"^Derivation\.\s+", "", rest.strip("\n"), flags=re.MULTILINE)))
     if file.section in FUNCTIONS:
         parts += saved(file)
     if file.section == "Optimizers":
@@ -69,10 +69,10 @@ def page(file: PublicFile) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def imported(section: str) -> str:
+def imported(section: str, modules: bool = True) -> str:
     """Where names are imported from."""
     if section in FUNCTIONS:
-        return "Functions from `torchcalc.functional`, modules from `torchcalc.nn`."
+        return "From `torchcalc.functional`" + (", as modules from `torchcalc.nn`." if modules else ".")
     return f"From `torchcalc.{'optim' if section == 'Optimizers' else section.lower()}`."
 
 
@@ -80,7 +80,7 @@ def members(file: PublicFile, name: str) -> str:
     """Results show their own methods, everything else only how it is called."""
     value = file[name]
     if inspect.isclass(value) and file.section not in (*FUNCTIONS, "Optimizers", "Instruments"):
-        return '\n    options:\n      members: true\n      filters: ["!^_"]'
+        return '\n    options:\n      members: null\n      filters: ["!^_"]'
     return ""
 
 
