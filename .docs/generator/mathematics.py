@@ -33,14 +33,16 @@ def formula(text: str) -> str:
             out.append(f"<sup>{formula(_bare(found[1]))}</sup>")
         elif text[at] == "_" and base and (found := _INDEX.match(rest)):
             out.append(f"<sub>{formula(_bare(found[1]))}</sub>")
-        elif found := re.match(r"[A-Za-zͰ-Ͽ]+", rest):
+        elif found := re.match(r"[A-Za-zȦͰ-ϿḀ-ỿ]+", rest):  # Ȧ, Ṡ and their like are tangents
             word = found[0]
             base = len(word) == 1
             product = bool(re.match("[A-Z][a-z]_", rest))  # Hv_k, whose index is that of v
             apart = re.search(r"(^|[a-z]{2}\s+|[:,;.] )$", text[:at]) and re.match(r"a [a-z]{2}", rest)
             no_variable = (word == "a" and apart) or (word == "s" and text[:at].endswith("'"))
             # Σ and Φ are no variables; μm is a product of two.
-            variables = ((base and word.isascii()) or "α" <= word[0] <= "ω") and not no_variable
+            variables = (
+                (base and (word.isascii() or word in "Ȧ" or word >= "Ḁ")) or "α" <= word[0] <= "ω"
+            ) and not no_variable
             base = base or product
             variables = variables or product
             out.append("".join(f"<i>{letter}</i>" for letter in word) if variables else html.escape(word))

@@ -61,7 +61,7 @@ def test_errors_are_explained(short, name):
 def test_shapes_and_dtypes_are_said(name):
     args, _, returns = getattr(functional, name).__doc__.partition("Returns:")
     assert re.search(r"\bshapes?\b|\bdimensions?\b|``\(", args), "of the arguments"
-    assert re.search(r"\bshapes?\b|0-d|``\(|like", returns), "of the result"
+    assert re.search(r"\bshapes?\b|\bsize\b|0-d|``\(|like", returns), "of the result"
     assert "dtype" in args
 
 
