@@ -68,7 +68,7 @@ bench-cuda: ## stock and torchcalc side by side on a GPU, likewise
 gallery: $(VENV)/.built ## the README's pictures: runs three recipes, photographs TensorBoard with Chromium
 	$(BIN)/python -m recipes.gallery $(ARGS)
 
-docs: $(VENV)/.installed ## the documentation, from the docstrings: build/docs/index.html; what mkdocs warns of is an error
+docs: $(VENV)/.built ## the documentation, from the docstrings: build/docs/index.html; what mkdocs warns of is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file .docs/mkdocs.yml
 	@echo build/docs/index.html
 

@@ -148,7 +148,14 @@ def test_sdist_can_be_tested(built):
     top = f"torchcalc-{torchcalc.__version__}"
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
-    for needed in ("Makefile", "constraints.txt", "configs/digits.yaml", "recipes/digits.py", "tests/conftest.py"):
+    for needed in (
+        "Makefile",
+        "constraints.txt",
+        "configs/digits.yaml",
+        "recipes/digits.py",
+        "tests/conftest.py",
+        ".docs/mkdocs.yml",
+    ):
         assert f"{top}/{needed}" in names
     assert not [name for name in names if re.search(r"/(runs|\.venv|__pycache__)|\.so$", name)]
 
