@@ -39,7 +39,9 @@ def page(file: PublicFile) -> str:
     name, what, rest = title(file.doc)
     parts = [f"# {', '.join(f'`{n}`' for n in file.title)}"]
     parts.append(f"{prose(name)}.  {imported(file.section, bool(file.classes))} The file is `{file.path}`.")
-    if what:
+    if "``" in what:
+        parts.append(prose(what))
+    elif what:
         parts.append(f'<div class="equations" markdown="0"><div><span>{formula(what.rstrip("."))}</span></div></div>')
     parts += pictured(file)
     if rest.strip():
