@@ -15,7 +15,18 @@ __all__ = ["NAMESPACES", "ROLE", "PublicFile", "files", "home", "link", "targets
 #: A reference in a docstring: what kind, and where to.
 ROLE = re.compile(r":(func|class|meth|mod|attr):`~?([^`]+)`")
 
-NAMESPACES = ("functional", "nn", "optim", "calculus", "convergence", "instruments", "testing", "autograd")
+NAMESPACES = (
+    "functional",
+    "nn",
+    "optim",
+    "calculus",
+    "convergence",
+    "instruments",
+    "testing",
+    "resume",
+    "distributed",
+    "autograd",
+)
 
 #: Sections of the reference, by the folder of the file.
 SECTIONS = {
@@ -27,6 +38,8 @@ SECTIONS = {
     "convergence": "Convergence",
     "instruments": "Instruments",
     "testing": "Testing",
+    "resume": "Resume",
+    "distributed": "Distributed",
     "autograd": "Autograd",
 }
 

@@ -54,7 +54,7 @@ def test_command_works(name, line, capsys):
         assert set(words[2:]) <= {".", "--no-build-isolation", *(f".[{extra}]" for extra in extras)}
     elif words[:3] == ["python", "-m", "torchcalc.testing"]:
         assert run_checks(words[3:]) == 0
-        assert "0 errors" not in capsys.readouterr().out
+        assert "held: " in capsys.readouterr().out
     else:
         assert words[:3] == ["python", "-m", "torchcalc"], line
         with pytest.raises(SystemExit) if "build" in words else _nothing():
