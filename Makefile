@@ -19,7 +19,7 @@ MAKEFLAGS += --no-print-directory
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full lint pytest sanitize bench test-cuda bench-cuda gallery clean
+.PHONY: help train test test-full lint pytest sanitize bench test-cuda bench-cuda gallery docs wheel clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -36,7 +36,7 @@ train: $(VENV)/.built ## train RECIPE (digits, descent, regression, depth, learn
 # Style and types are properties of the source: they are checked once, with the pinned tools, and not again for TORCH=.
 test: $(if $(TORCH),,lint) pytest ## ruff, mypy, pytest with doctests; under ten minutes
 
-test-full: test sanitize $(VENV)-examples/.installed ## what is slower as well: sanitizers, packaging, TensorBoard in a browser, the other torch
+test-full: test sanitize $(VENV)-examples/.installed ## what is slower as well: sanitizers, packaging, documentation, TensorBoard in a browser, the other torch
 	$(PYTEST) -m slow
 	$(MAKE) test TORCH=$(OTHER_TORCH)
 
@@ -68,6 +68,13 @@ bench-cuda: ## stock and torchcalc side by side on a GPU, likewise
 gallery: $(VENV)/.built ## the README's pictures: runs three recipes, photographs TensorBoard with Chromium
 	$(BIN)/python -m recipes.gallery $(ARGS)
 
+docs: $(VENV)/.built ## the documentation, from the docstrings: build/docs/index.html; what mkdocs warns of is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file .docs/mkdocs.yml
+	@echo build/docs/index.html
+
+wheel: $(VENV)/.installed ## dist/torchcalc-*.whl, with the kernels for this platform
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
 clean: ## remove environments, builds and caches; runs/ stays
 	rm -rf .venv .venv-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -83,7 +90,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt Makefile tor
 	@echo 'Installing torch $(PIN), torchcalc and its tools into $(VENV): minutes, the first time'
 	@sed 's/^torch==.*/torch==$(PIN)/$(if $(TORCH),; /^setuptools==/d)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt 'torch==$(PIN)' hatchling editables
-	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e '.[recipes,dev]'
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e '.[recipes,dev,docs]'
 	@touch $@
 
 # transformers and accelerate see the packages of $(VENV), and add theirs: the other tests run without them.

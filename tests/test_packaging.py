@@ -99,7 +99,7 @@ def test_package_is_typed():
     assert (Path(torchcalc.__file__).parent / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *EXTRAS["recipes"], *EXTRAS["dev"]])
+@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *(text for extra in EXTRAS.values() for text in extra)])
 def test_requirement_is_pinned_and_admits_its_pin(text):
     requirement = Requirement(text)
     assert requirement.specifier.contains(PINS[requirement.name.lower()])
@@ -148,7 +148,14 @@ def test_sdist_can_be_tested(built):
     top = f"torchcalc-{torchcalc.__version__}"
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
-    for needed in ("Makefile", "constraints.txt", "configs/digits.yaml", "recipes/digits.py", "tests/conftest.py"):
+    for needed in (
+        "Makefile",
+        "constraints.txt",
+        "configs/digits.yaml",
+        "recipes/digits.py",
+        "tests/conftest.py",
+        ".docs/mkdocs.yml",
+    ):
         assert f"{top}/{needed}" in names
     assert not [name for name in names if re.search(r"/(runs|\.venv|__pycache__)|\.so$", name)]
 

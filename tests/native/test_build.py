@@ -21,6 +21,7 @@ import pytest
 
 from torchcalc.__main__ import main
 from torchcalc.native import build, files
+from torchcalc.native.hatch_build import platform_tag
 
 ROOT = Path(files.__file__).parents[2]
 
@@ -638,6 +639,19 @@ def test_a_wheel_without_a_compiler_is_pure(project: Path) -> None:
     assert "torchcalc/native/csrc/adam.cpp" in names  # to be compiled later
     assert not any("libtorchcalc" in file for file in names)
     assert "without its CPU kernels" in output and "no-such-compiler" in output
+
+
+@pytest.mark.parametrize(
+    ("platform", "symbols", "tag"),
+    [
+        ("linux-x86_64", b"\0GLIBC_2.2.5\0GLIBC_2.34\0GLIBC_2.17\0", "manylinux_2_34_x86_64"),
+        ("linux-x86_64", b"of musl", "linux_x86_64"),
+        ("macosx-14.0-arm64", b"", "macosx_14_0_arm64"),
+    ],
+)
+def test_a_wheel_says_which_system_its_libraries_need(platform, symbols, tag, tmp_path: Path) -> None:
+    (tmp_path / "lib.so").write_bytes(symbols)
+    assert platform_tag(platform, [tmp_path / "lib.so", tmp_path / "missing.so"]) == tag
 
 
 def test_a_wheel_holds_the_libraries(project: Path, commands: Path) -> None:

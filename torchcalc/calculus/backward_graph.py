@@ -51,6 +51,11 @@ class BackwardNode:
         shared_bytes: what it saves that leaves own.
         packed: tensors that are saved by way of hooks (checkpointing, offloading): their bytes are not known.
         is_leaf: whether the gradient ends here.
+
+    >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+    >>> node = backward_graph(x.exp()).nodes[0]
+    >>> node.function, node.shapes, node.saved, node.is_leaf
+    ('exp', ((2,),), '8 B', False)
     """
 
     function: str
@@ -75,6 +80,9 @@ class BackwardNode:
 @dataclass(frozen=True)
 class BackwardGraph:
     """The nodes, from the output to the leaves; ``print`` shows the table, :meth:`figure` draws it.
+
+    Attributes:
+        nodes: each after all that pass gradients to it.
 
     >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
     >>> print(backward_graph((x**2).sum()))

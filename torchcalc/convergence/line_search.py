@@ -59,6 +59,10 @@ class LineSearch:
         converged: whether the conditions hold. If not, step is the best found that satisfies (1), which may be 0. Where they
             hold by the slopes, because f changes by less than its rounding, value may be that at x.
         reason: why not; else empty.
+
+    >>> found = line_search(lambda x: x**2, torch.tensor(3.0), torch.tensor(-6.0))
+    >>> found.value, found.converged, found.evaluations  # at 3 - 6 the loss is the same, at 3 - 3 it is 0
+    (0.0, True, 3)
     """
 
     step: float

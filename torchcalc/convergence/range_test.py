@@ -58,6 +58,11 @@ class RangeTest:
         interval: the rates around it where it falls at least half as fast.
         largest_stable: the largest rate before the loss rises again, or is not finite; nan if it falls nowhere.
         beyond: what the loss was seen to do beyond that: "rises", "is not finite", or nothing.
+
+    >>> lrs = torch.logspace(-5, 1, 100)
+    >>> found = suggest(lrs, 2 - 1.5 * torch.sigmoid(6 * (lrs.log10() + 2)) + (lrs > 1) * lrs)
+    >>> found.suggestion < found.largest_stable, found.beyond
+    (True, 'rises')
     """
 
     lrs: Tensor

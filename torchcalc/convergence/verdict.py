@@ -65,6 +65,10 @@ class Verdict:
         fell: by how much the loss fell, as a fraction of the first one above the floor; negative if it rose.
         climbs: the sum of all rises over the sum of all falls, of those that stand out from noise; >= 0.
         diverged_at: the step of the first loss that is not finite, or None.
+
+    >>> found = verdict([4.0, 2.0, float("inf"), float("nan")])
+    >>> found.label, found.diverged_at
+    ('diverges', 2)
     """
 
     label: Label

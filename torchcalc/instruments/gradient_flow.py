@@ -33,6 +33,9 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     A layer is a module that owns trainable parameters; the order is that of registration. Its norm is that of the gradients
     of all its parameters as one vector; nan where there is no gradient. One transfer from the device for all layers.
 
+    Args:
+        model: after backward.
+
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU())
     >>> _ = nn.init.constant_(model[0].weight, 2.0)

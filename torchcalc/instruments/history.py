@@ -24,6 +24,9 @@ class DepthHistory:
         columns: at most so many columns are kept, >= 2: when they are full every second one is dropped, and from then on
             only every second new one is taken. The picture spans the whole training at any length.
 
+    Raises:
+        ValueError: columns < 2.
+
     >>> history = DepthHistory()
     >>> for step in range(3):
     ...     history.add(step, {"first": 1e-3, "last": 0.5})

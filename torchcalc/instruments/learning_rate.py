@@ -26,6 +26,9 @@ __all__ = ["LearningRate", "LearningRateRangeTest", "learning_rates"]
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """The learning rate of each parameter group, by the group's ``name``, or its number if it has none.
 
+    Args:
+        optimizer: of torch or torchcalc.
+
     >>> import torch
     >>> weight, bias = torch.nn.Linear(2, 1).parameters()
     >>> learning_rates(torch.optim.SGD([{"params": weight, "name": "weight"}, {"params": bias, "lr": 0.5}], lr=0.1))

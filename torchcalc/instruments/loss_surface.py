@@ -39,6 +39,10 @@ class LossSlice:
     Attributes:
         t: float64, (n,).
         losses: float64, (n,).
+
+    >>> line = LossSlice(torch.tensor([0.0, 1.0]), torch.tensor([4.0, 1.0]))
+    >>> line.figure().axes[0].get_ylabel()
+    'loss'
     """
 
     t: Tensor
@@ -68,6 +72,10 @@ class LossPlane:
         losses: float64, (n, n): rows along y, columns along x.
         path: float64, (m, 2): the path's coordinates; the last is (0, 0).
         shares: of the path's squared distances from its last point that lie along either direction.
+
+    >>> path = [{"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 1.0])}, {"w": torch.zeros(2)}]
+    >>> loss_plane(lambda p: p["w"].square().sum(), path, resolution=3).figure().axes[0].get_title()
+    'the loss on the plane of the path'
     """
 
     x: Tensor

@@ -30,6 +30,13 @@ def _builder(package: Path) -> tuple[Any, Any]:
             del sys.modules[name]
 
 
+def platform_tag(platform: str, libraries: list[Path]) -> str:
+    """The wheel's platform; of Linux manylinux_2_N, where N is the newest glibc that a library has symbols of (PEP 600)."""
+    platform = re.sub(r"[-.]", "_", platform)
+    symbols = [n for path in libraries if path.is_file() for n in re.findall(rb"GLIBC_2\.(\d+)", path.read_bytes())]
+    return re.sub("^linux", f"manylinux_2_{max(map(int, symbols))}", platform) if symbols else platform
+
+
 class NativeBuildHook(BuildHookInterface):
     """Named in pyproject.toml under [tool.hatch.build.targets.wheel.hooks.custom]."""
 
@@ -48,4 +55,7 @@ class NativeBuildHook(BuildHookInterface):
             # .gitignore would leave them out
             build_data["artifacts"] += [f"torchcalc/native/{name}{end}" for name in names for end in ("", ".sha256")]
             build_data["pure_python"] = False
-            build_data["tag"] = "py3-none-" + re.sub(r"[-.]", "_", sysconfig.get_platform())
+            directory = Path(self.root, "torchcalc", "native")
+            build_data["tag"] = (
+                f"py3-none-{platform_tag(sysconfig.get_platform(), [directory / name for name in names])}"
+            )

@@ -90,7 +90,31 @@ class Entry(NamedTuple):
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Base class: subclass it with a rule. See :class:`torchcalc.optim.Lion` for the shortest example."""
+    """Base class: subclass it with a rule. See :class:`torchcalc.optim.Lion` for the shortest example.
+
+    Args:
+        params: parameters, named parameters, or dicts of parameter groups.
+        defaults: what a group has that does not say otherwise; each value becomes one of the group.
+        max_norm, skip_nonfinite, rounding: as for :class:`torchcalc.optim.Lion`.
+
+    Raises:
+        ValueError: an argument, also of a single group, out of range; found before anything is changed.
+
+    >>> class Descent(Optimizer):
+    ...     counts_steps = False
+    ...     rule = staticmethod(lambda p, g, *, lr: p.add_(g, alpha=-lr))
+    ...     def hyper(self, group):
+    ...         return {"lr": group["lr"]}
+    ...     def slots(self, group):
+    ...         return {}
+    ...     def check(self, group):
+    ...         pass
+    >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> p.grad = torch.tensor([2.0])
+    >>> Descent([p], {"lr": 0.25, "foreach": None, "maximize": False, "differentiable": False}).step()
+    >>> p.item()
+    0.5
+    """
 
     rule: ClassVar[Callable[..., None]]
     sparse_rule: ClassVar[Callable[..., None] | None] = None

@@ -37,6 +37,9 @@ __all__ = [
 class TensorList:
     """A list of tensors with one device and dtype, and Tensor's own names for what rules do to it.
 
+    Args:
+        tensors: at least one, of any shapes.
+
     >>> p = TensorList([torch.zeros(2), torch.ones(1)])
     >>> p.add_(TensorList([torch.ones(2), torch.ones(1)]), alpha=0.5).tensors
     [tensor([0.5000, 0.5000]), tensor([1.5000])]

@@ -112,6 +112,12 @@ def check_loss(
         *inputs: example arguments; the first dimension is that of the samples.
         reference, wrt, include, exclude, compile, progress, name, seconds, isolate: as for :func:`check_function`.
 
+    Returns:
+        A report that is true when there are no errors, and prints as a table.
+
+    Raises:
+        ValueError: no input is a float tensor; ``wrt`` or a name of a check is wrong.
+
     >>> report = check_loss(torch.nn.MSELoss(), torch.rand(4, 3), torch.rand(4, 3), include=["gradient", "reductions"])
     >>> bool(report)
     True
@@ -122,6 +128,10 @@ def check_loss(
 
 def assert_function(fn: Callable[..., Any], *inputs: Any, **options: Any) -> Report:
     """:func:`check_function`, but errors raise.
+
+    Args:
+        fn, *inputs: as for :func:`check_function`.
+        **options: its keyword arguments.
 
     Raises:
         AssertionError: with the report as its message.
@@ -137,8 +147,15 @@ def assert_function(fn: Callable[..., Any], *inputs: Any, **options: Any) -> Rep
 def assert_loss(loss: Callable[..., Any], *inputs: Any, **options: Any) -> Report:
     """:func:`check_loss`, but errors raise.
 
+    Args:
+        loss, *inputs: as for :func:`check_loss`.
+        **options: its keyword arguments.
+
     Raises:
         AssertionError: with the report as its message.
+
+    >>> assert_loss(torch.nn.L1Loss(), torch.rand(3), torch.rand(3) + 2, include=["gradient"]).errors
+    ()
     """
     report = check_loss(loss, *inputs, **options)
     report.raise_errors()

@@ -30,7 +30,8 @@ def pytest_function(
     Errors fail with the report, checks that do not apply are skipped with the reason, notes pass.
 
     Args:
-        fn, *inputs, reference, wrt, include, exclude, compile, name: as for ``check_function``.
+        fn, *inputs, reference, wrt, include, exclude, compile, name: as for
+            :func:`~torchcalc.testing.check_function`.
 
     >>> import torch
     >>> test_silu = pytest_function(torch.nn.functional.silu, torch.linspace(-2, 2, 5))
@@ -49,6 +50,9 @@ def pytest_loss(
     name: str | None = None,
 ) -> Test:
     """A pytest test, parametrized by the checks of :func:`~torchcalc.testing.check_loss`; see :func:`pytest_function`.
+
+    Args:
+        loss, *inputs, reference, wrt, include, exclude, compile, name: as for :func:`~torchcalc.testing.check_loss`.
 
     >>> import torch
     >>> test_mse = pytest_loss(torch.nn.MSELoss(), torch.rand(4, 3), torch.rand(4, 3))

@@ -25,7 +25,11 @@ Kind = Literal["function", "loss", "optimizer"]
 
 
 class Skip(Exception):
-    """Raised by a check that does not apply; the message says why."""
+    """Raised by a check that does not apply; the message says why.
+
+    >>> str(Skip("it has no reduction"))
+    'it has no reduction'
+    """
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,23 @@ CHECKS: dict[tuple[str, str], Check] = {}
 
 
 def check(kind: Kind, name: str, *, slow: bool = False) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Register a check; its docstring's first line is what lists and reports call it by."""
+    """Register a check; its docstring's first line is what lists and reports call it by.
+
+    Args:
+        kind: what it is for: "function", "loss" or "optimizer".
+        name: that ``include`` and ``exclude`` know it by, and the report shows; one for each kind.
+        slow: leave it out unless ``compile=True`` or it is included by name.
+
+    Raises:
+        ValueError: there is a check of this kind and name already.
+
+    >>> @check("function", "positive")
+    ... def positive(subject):
+    ...     '''Values above 0.'''
+    ...     return None  # ok; or Finding("positive", "error", ...), or raise Skip("...")
+    >>> CHECKS.pop(("function", "positive")).doc
+    'Values above 0.'
+    """
 
     def register(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if (kind, name) in CHECKS:

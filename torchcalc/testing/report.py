@@ -27,6 +27,9 @@ class Finding:
         diagnosis: for an error or a note what is wrong, where, by how much, and why, as far as the pattern shows it.
         cause: the cause in a few words ("constant ratio 0.5", "sign", "transposed"), empty if no pattern fits.
         details: numbers behind it, for the JSON form: index, analytic, numeric, ratio, error_bar, ...
+
+    >>> Finding("gradient").verdict
+    'ok'
     """
 
     check: str
@@ -40,6 +43,10 @@ class Finding:
 @dataclass(frozen=True)
 class Report:
     """All findings about one subject; true when none is an error.
+
+    Attributes:
+        subject: the name of what was checked.
+        findings: in the order of the checks.
 
     >>> wrong = Finding("gradient", "error", "0.5", "analytic is half", "constant ratio 0.5")
     >>> report = Report("f", (Finding("shapes"), wrong, Finding("kinks", "skipped", diagnosis="no kinks")))

@@ -137,6 +137,12 @@ def assert_optimizer(
 ) -> Report:
     """:func:`check_optimizer` that raises AssertionError, with the report as its message, if there are errors.
 
+    Args:
+        optimizer, reference, options, threshold, include, exclude, compile, progress: as for :func:`check_optimizer`.
+
+    Raises:
+        AssertionError: with the report as its message.
+
     >>> import torch
     >>> assert_optimizer(torch.optim.SGD, torch.optim.SGD, include=["parity"])["parity"].verdict
     'ok'
@@ -171,7 +177,10 @@ def pytest_optimizer(
 ) -> Callable[..., None]:
     """A pytest test, parametrized by check: one line in a test file makes one test per check.
 
-    Args are those of :func:`check_optimizer`. A check that does not apply is a skipped test, with the reason.
+    A check that does not apply is a skipped test, with the reason.
+
+    Args:
+        optimizer, reference, options, threshold, include, exclude, compile: as for :func:`check_optimizer`.
 
     >>> import torch
     >>> test_my_optimizer = pytest_optimizer(torch.optim.SGD, options=dict(lr=0.1))

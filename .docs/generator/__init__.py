@@ -1,0 +1,1 @@
+"""Makes the documentation's reference from the package: `make docs`."""
