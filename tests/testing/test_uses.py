@@ -166,7 +166,7 @@ def test_the_pytest_plugin_costs_nothing_without_its_flag() -> None:
     assert run("-c", code).stdout.strip() == "False False"
 
 
-PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_torchcalc", "-n", "0", "-q", "-rf")
+PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-n", "0", "-q", "-rf")
 
 
 @pytest.mark.slow

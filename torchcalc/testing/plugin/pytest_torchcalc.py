@@ -3,7 +3,7 @@
     pytest --check-function mine.ops:SiLU --check-input 3,4
     pytest tests --check-function mine.losses:Huber --check-function mine.optim:Lamb
 
-Without the flag nothing is imported: this file lies outside of the package for that.
+Without the flag nothing is imported: when installed this file lies beside the package, for that.
 """
 
 from __future__ import annotations
