@@ -594,6 +594,9 @@ def gaussian(variant: str, var: Callable[[], Tensor] = lambda: uniform(3, 4, see
             lambda: (normal(), normal(seed=1), uniform()),
             lambda: (normal(2, 3, 4), normal(2, 3, 4, seed=1), uniform(2, 1, 4)),
         ),
+        reference=partial(
+            torch.nn.functional.gaussian_nll_loss, **options
+        ),  # which has a least v, and its slope below it
         autocast=False,
         inductor=variant == "mean",
     )

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import torchcalc.functional as ours
 from tests.functions import ROWS
+from tests.test_functional import WITHOUT_A_ROW
 from tests.test_nn import CASES, pair
 from torchcalc import nn as our_nn
 from torchcalc.autograd import Function
@@ -17,17 +18,21 @@ from torchcalc.autograd import Function
 
 def of_tensors(f, n):
     """f of exactly n arguments, which is what torch.fx can trace."""
-    return {1: lambda a: f(a), 2: lambda a, b: f(a, b), 3: lambda a, b, c: f(a, b, c)}[n]
+    names = ", ".join(f"a{i}" for i in range(n))
+    return eval(f"lambda {names}: f({names})", {"f": f})
 
 
 def gradient(f, *inputs):
-    first = inputs[0].clone().requires_grad_()
+    first = inputs[0].clone()
+    if not first.is_floating_point() and not first.is_complex():
+        return (f(first, *inputs[1:]).detach(),)
+    first.requires_grad_()
     y = f(first * 1, *inputs[1:])
     return y.detach(), *torch.autograd.grad(y.sum() if y.is_floating_point() else y.real.sum(), first)
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
-@pytest.mark.parametrize("name", ours.__all__)
+@pytest.mark.parametrize("name", sorted({*ours.__all__} - WITHOUT_A_ROW))
 def test_a_function_is_a_leaf(name):
     row = next(row for row in ROWS if row.name.split()[0] == name)
     inputs, nothing = row.inputs(), [x is None for x in row.inputs()]
@@ -48,6 +53,16 @@ def test_a_module_traces_as_torchs_does(case):
     mine, _, inputs = pair(case)
     traced = symbolic_trace(mine)
     assert_close(gradient(traced, *map(torch.clone, inputs)), gradient(mine, *map(torch.clone, inputs)), rtol=0, atol=0)
+
+
+def test_dropout_is_a_leaf():
+    traced = symbolic_trace(lambda x: ours.dropout(x, 0.4))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [ours.dropout]
+    results = []
+    for f in (traced, lambda x: ours.dropout(x, 0.4)):
+        torch.manual_seed(0)
+        results.append(gradient(f, torch.ones(20)))
+    assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["mse_loss", "huber_loss", "softmax"])
@@ -92,7 +107,7 @@ def test_torchscript_is_refused_and_the_model_left_alone(name):
     net = torch.nn.Sequential(module)
     stock = f"torch.nn.{name} " if hasattr(torch.nn, name) else f"torch.{name.lower()} "
     if not hasattr(torch.nn, name) and not hasattr(torch, name.lower()):
-        stock = "torch's functions "
+        stock = "torch.nn.Sequential " if issubclass(type(module), torch.nn.Sequential) else "torch's functions "
     for scripted in (module, net):
         with pytest.raises(TypeError, match=rf"cannot compile torchcalc.*{name},.*put .*{stock}"):
             torch.jit.script(scripted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import os
 import random
 import re
@@ -268,8 +269,17 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, uninterrupted, monkeypat
     assert [file.name for file in folder.iterdir()] == ["last.ckpt"]
 
 
+@pytest.fixture
+def lightning_says(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What Lightning logs, also where it was imported while nothing captured logs: it then keeps its messages to itself."""
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 @pytest.mark.parametrize(("which", "ends"), [(signal.SIGINT, SystemExit), (signal.SIGTERM, SIGTERMException)])
-def test_a_signal_saves_says_how_to_go_on_and_ends(which, ends, tmp_path, uninterrupted, caplog):
+def test_a_signal_saves_says_how_to_go_on_and_ends(which, ends, tmp_path, uninterrupted, lightning_says):
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
 
     def interrupt(*at: Any) -> bool:
@@ -286,7 +296,7 @@ def test_a_signal_saves_says_how_to_go_on_and_ends(which, ends, tmp_path, uninte
     path = tmp_path / "version_0/checkpoints/last.ckpt"
     assert torch.load(path)["global_step"] == 10  # the step is done
     said = f'Step 10 is saved in {path}. To go on: trainer.fit(..., ckpt_path="last")'
-    assert said in caplog.messages
+    assert said in lightning_says.messages
     same(train(tmp_path, "ours", Module(), "last"), uninterrupted("ours"))
 
 
@@ -364,7 +374,7 @@ class Data(LightningDataModule):
         return LOADERS["shuffled"]()
 
 
-def test_one_entry_in_anybodys_yaml(tmp_path, monkeypatch, caplog):
+def test_one_entry_in_anybodys_yaml(tmp_path, monkeypatch, lightning_says):
     """LightningCLI would not overwrite the run's config, and takes ``last`` from the run that it is about to begin."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(
@@ -393,7 +403,7 @@ def test_one_entry_in_anybodys_yaml(tmp_path, monkeypatch, caplog):
         with pytest.raises(SIGTERMException):
             run()
         said = "Step 4 is saved in .*version_0/checkpoints/last.ckpt. To go on: python mine.py fit --config=mine.yaml "
-        assert re.search(rf"{said}--ckpt_path=last$", caplog.text, re.MULTILINE)
+        assert re.search(rf"{said}--ckpt_path=last$", lightning_says.text, re.MULTILINE)
         with pytest.raises(Killed):
             run("--ckpt_path=last")
     found = run("--ckpt_path=last")

@@ -86,7 +86,7 @@ def distribution(x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int,
     if target.is_floating_point():
         t = widen(target)
         return Distribution(weight * ((1 - smoothing) * t + uniform if smoothing else t), 0.0, None, t.new_ones(()))
-    y = target.reshape(x.narrow(class_dim(x), 0, 1).shape)
+    y = target.reshape(of_one_class(x))
     counts = y != ignore_index
     index = torch.where(counts, y, 0)
     hard = (1 - smoothing) * (1 if w is None else each(w, index))
@@ -117,6 +117,11 @@ def normalizer(x: Tensor, target: Tensor, w: Tensor | None, ignore_index: int, r
     samples = counts.sum()
     n = samples if w is None else (each(w, torch.where(counts, target, 0)) * counts).sum()
     return torch.where(samples == 0, 1, n) if target.numel() else n
+
+
+def of_one_class(x: Tensor) -> list[int]:
+    """The shape of x with one class."""
+    return [1 if i == class_dim(x) else size for i, size in enumerate(x.shape)]
 
 
 def slope_x(x: Tensor, q: Distribution, r: Tensor, z_loss: float) -> Tensor:
@@ -190,7 +195,7 @@ def gradients(
     q = distribution(x, target, w, ignore_index, smoothing)
     g = widen(grad_output) / normalizer(x, target, w, ignore_index, reduction)
     if reduction in BY_ROW:
-        g = g.reshape(x.narrow(class_dim(x), 0, 1).shape)
+        g = g.reshape(of_one_class(x))
     r = g * q.counts
     grad_w = None
     if need_w and w is not None:
