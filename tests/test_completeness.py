@@ -1,7 +1,7 @@
 """What was forgotten has a name: each list of our functions, modules and optimizers is compared with what there is.
 
 The lists that one function's own tests need are checked beside these: its row and test file in test_functional.py, its
-module's cases in test_nn.py, an optimizer's row in optim/test_optimizer.py, the README's table in test_readme.py.
+module's cases in test_nn.py, an optimizer's row in optim/test_optimizer.py, torchcalc/README.md's table in test_readme.py.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The README is true: its code runs, its files exist, its table is complete."""
+"""The READMEs are true: their code runs, their files exist, the index is complete."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,11 @@ import torchcalc
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+INDEX = (ROOT / "torchcalc" / "README.md").read_text()
+SWAP = (ROOT / ".docs" / "pages" / "guides" / "swap.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / name / "README.md" for name in (".", "benchmarks", "torchcalc"))}
 BLOCKS = re.findall(r"^```python\n(.+?)^```", README, flags=re.MULTILINE | re.DOTALL)
+LIGHTNING = re.search(r"^\*\*In Lightning\*\*.+?^```python\n(.+?)^```", SWAP, flags=re.MULTILINE | re.DOTALL)[1]
 
 
 def run(block: str) -> dict[str, object]:
@@ -36,9 +40,7 @@ def in_empty_folder(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")  # by Lightning
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # for data in memory
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # only the example's are so few
-@pytest.mark.parametrize(
-    ("block", "learnt"), list(zip(BLOCKS[:2], ["net", "model"], strict=True)), ids=["script", "lightning"]
-)
+@pytest.mark.parametrize(("block", "learnt"), [(BLOCKS[0], "net"), (LIGHTNING, "model")], ids=["script", "lightning"])
 def test_swapping_the_import_back_learns_the_same(block, learnt):
     ours, stock = run(block)[learnt], run(as_stock(block))[learnt]
     for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
@@ -47,7 +49,7 @@ def test_swapping_the_import_back_learns_the_same(block, learnt):
 
 
 def test_the_report_is_as_shown():
-    names = run(BLOCKS[2])
+    names = run(BLOCKS[1])
     shown = re.search(r"^```text\n(.+?)^```", README, flags=re.MULTILINE | re.DOTALL)[1]
     lines = str(names["report"]).splitlines()
     for line in shown.splitlines():
@@ -57,25 +59,14 @@ def test_the_report_is_as_shown():
     assert torch.autograd.gradcheck(names["SiLU"].apply, x)
 
 
-def test_the_step_is_chosen_as_shown(capsys):
-    """Numbers to 20 %: they come out of float32 and another machine's rounding."""
-    run(BLOCKS[3])
-    printed = capsys.readouterr().out
-    shown = re.findall(r"^```text\n(.+?)^```", README, flags=re.MULTILINE | re.DOTALL)[1]
-    number = r"\d+(?:\.\d+)?"
-    assert re.sub(number, "", printed) == re.sub(number, "", shown)
-    for ours, theirs in zip(re.findall(number, printed), re.findall(number, shown), strict=True):
-        assert float(ours) == pytest.approx(float(theirs), rel=0.2)
-
-
 def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    links = [(path, link) for path, text in PAGES.items() for link in re.findall(r"\]\(([^)#]+)\)", text)]
+    assert len(links) > 50
+    assert [link for path, link in links if not (path.parent / link).exists()] == []
 
 
 def test_every_public_function_and_optimizer_is_in_the_table():
-    table = re.findall(r"`(\w+)`", "".join(line for line in README.splitlines() if line.startswith("|")))
+    table = re.findall(r"`(\w+)`", "".join(line for line in INDEX.splitlines() if line.startswith("|")))
     internal = {"Optimizer", "TensorList"}  # what optimizers are written with
     assert set(torchcalc.functional.__all__) | set(torchcalc.optim.__all__) - internal <= set(table)
 

@@ -63,9 +63,9 @@ def page(file: PublicFile) -> str:
         measured = ratios(list(file.names))
         parts.append("## How fast")
         parts.append(
-            f"Rows of the README's tables, stock time / ours; it says on which machine and when.\n\n{measured}"
+            f"Rows of benchmarks/README.md, stock time / ours; it says on which machine and when.\n\n{measured}"
             if measured
-            else "The README has no row of it. `python -m benchmarks` and `python -m benchmarks functions` measure."
+            else "benchmarks/README.md has no row of it. `python -m benchmarks` and `python -m benchmarks functions` measure."
         )
     parts += ["## The file", f'??? note "{file.path}"\n\n' + code(file)]
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""The rows of the README's tables of speed that are about one function or optimizer."""
+"""The rows of the tables of speed that are about one function or optimizer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from pathlib import Path
 
 __all__ = ["ratios"]
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+TABLES = Path(__file__).resolve().parents[2] / "benchmarks" / "README.md"
 
 
 def tables() -> list[tuple[list[str], list[list[str]]]]:
-    """(head, rows) of every table under "How fast?"; a table of two halves side by side becomes two."""
-    section = re.search(r"^## How fast\?\n(.+?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert section, "README.md has no section 'How fast?'"
+    """(head, rows) of every table; a table of two halves side by side becomes two."""
     found = []
-    for text in re.findall(r"(?:^\|.*\n)+", section[1], re.MULTILINE):
+    for text in re.findall(r"(?:^\|.*\n)+", TABLES.read_text(), re.MULTILINE):
         head, _, *rows = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines())
         starts = [0]
         if "against" not in head:  # else the second column is words too
