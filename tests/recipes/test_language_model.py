@@ -123,6 +123,9 @@ def test_the_report_and_the_curves(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:Precision bf16-mixed is not supported by the model summary"
+)  # Lightning's, of a size
 def test_compiled_in_bfloat16(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main([*brief("language_model"), "--trainer.precision=bf16-mixed", "--model.compile=true", QUIET])

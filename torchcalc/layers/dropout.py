@@ -29,7 +29,8 @@ __all__ = ["Dropout", "dropout"]
 
 def kept(x: Tensor, keep: Tensor, p: float) -> Tensor:
     """x·k/(1 - p), rounded once."""
-    return like(widen(x) * (keep * (1 / (1 - p))), x)  # (1)
+    wide = widen(x)
+    return like(wide * (keep.to(wide.dtype) / (1 - p)), x)  # (1)
 
 
 class DropoutFunction(Function):

@@ -60,7 +60,6 @@ SETTINGS: dict[str, Setting] = {
     "torch.backends.cudnn.deterministic": backend(torch.backends.cudnn, "deterministic"),
     "torch.backends.cudnn.allow_tf32": backend(torch.backends.cudnn, "allow_tf32"),
     "the garbage collector": (gc.isenabled, lambda value: gc.enable() if value else gc.disable()),
-    "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
     "hooks of all modules": (lambda: module_hooks(), lambda value: set_module_hooks(value)),
     "functions of torch": (
         lambda: [getattr(owner, name, None) for owner, name in PATCHABLE],
