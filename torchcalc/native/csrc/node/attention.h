@@ -127,7 +127,7 @@ std::optional<Tensor> attention(
     if (q.is_cpu()) {
       std::tie(y, lse) = at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, if_defined(m), scale);
       // Of fewer keys than a vector holds the kernel takes a row of NaN for one that is masked, and returns 0.
-      if (k.size(2) < widest) y.masked_fill_(q.sum(-1, true).isnan(), std::numeric_limits<double>::quiet_NaN());
+      if (k.size(2) < widest && std::isnan(q.sum().item<double>())) y.masked_fill_(q.sum(-1, true).isnan(), std::numeric_limits<double>::quiet_NaN());
     } else if (kernel != Fused::efficient) {
       auto [out, sums, cumulated_q, cumulated_k, longest_q, longest_k, s, o, debug] = kernel == Fused::flash
           ? at::_scaled_dot_product_flash_attention(q, k, v, 0.0, causal, false, scale)
