@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.nn import Parameter
 
-__all__ = ["cast"]
+__all__ = ["cast", "lowered"]
 
 
 class Casts(dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]]):
@@ -72,3 +73,14 @@ def _new_casts(device: torch.device) -> Casts:
             node.metadata["torchcalc"] = casts  # type: ignore[union-attr, index]
             _casts = weakref.ref(casts)
     return casts
+
+
+def lowered(tensors: Iterable[Tensor | None], device_type: str) -> list[Any]:
+    """In the dtype of autocast, as torch's matrix products take them: float64, and what holds no floats, stays.
+
+    >>> with torch.autocast("cpu"):
+    ...     [x.dtype for x in lowered([torch.ones(2), torch.ones(2, dtype=torch.float64)], "cpu")]
+    [torch.bfloat16, torch.float64]
+    """
+    low = torch.get_autocast_dtype(device_type)
+    return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else cast(x, low) for x in tensors]

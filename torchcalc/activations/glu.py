@@ -15,6 +15,8 @@ Reference: Dauphin, Fan, Auli, Grangier 2017, arXiv:1612.08083; Shazeer 2020, "G
 arXiv:2002.05202.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,40 +42,9 @@ def slope_b(a: Term, b: Term) -> Term:
     return a * (s * (1 - s))  # (1)
 
 
-def swiglu_value(a: Term, b: Term) -> Term:
-    return silu.value(a) * b
-
-
-def swiglu_slope_a(a: Term, b: Term) -> Term:
-    return silu.slope(a) * b  # (2)
-
-
-def swiglu_slope_b(a: Term) -> Term:
-    return silu.value(a)
-
-
-def geglu_value(a: Term, b: Term) -> Term:
-    return gelu.value(a) * b
-
-
-def geglu_slope_a(a: Term, b: Term) -> Term:
-    return gelu.slope(a) * b  # (2)
-
-
-def geglu_slope_b(a: Term) -> Term:
-    return gelu.value(a)
-
-
-def geglu_tanh_value(a: Term, b: Term) -> Term:
-    return gelu.tanh_value(a) * b
-
-
-def geglu_tanh_slope_a(a: Term, b: Term) -> Term:
-    return gelu.tanh_slope(a) * b  # (2)
-
-
-def geglu_tanh_slope_b(a: Term) -> Term:
-    return gelu.tanh_value(a)
+def gate(name: str, phi: Callable[[Term], Term], slope: Callable[[Term], Term]) -> Callable[..., Tensor]:
+    """φ(a)·b."""
+    return pointwise(name, lambda a, b: phi(a) * b, lambda a, b: slope(a) * b, lambda a: phi(a), whole=True)  # (2)
 
 
 def reglu_value(a: Term, b: Term) -> Term:
@@ -90,9 +61,9 @@ def reglu_slope_b(a: Term) -> Term:
 
 _glu = pointwise("GLU", value, slope_a, slope_b)
 _glu_of_halves = of_halves(FORMULAS["GLU"], _glu)
-_swiglu = pointwise("SwiGLU", swiglu_value, swiglu_slope_a, swiglu_slope_b, whole=True)
-_geglu = pointwise("GEGLU", geglu_value, geglu_slope_a, geglu_slope_b, whole=True)
-_geglu_tanh = pointwise("GEGLUTanh", geglu_tanh_value, geglu_tanh_slope_a, geglu_tanh_slope_b, whole=True)
+_swiglu = gate("SwiGLU", silu.value, silu.slope)
+_geglu = gate("GEGLU", gelu.value, gelu.slope)
+_geglu_tanh = gate("GEGLUTanh", gelu.tanh_value, gelu.tanh_slope)
 _reglu = pointwise("ReGLU", reglu_value, reglu_slope_a, reglu_slope_b, whole=True)
 
 

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from torchcalc import native
 from torchcalc.autograd import Function
-from torchcalc.casts import cast
+from torchcalc.casts import lowered
 from torchcalc.native import pointwise as kernels
 from torchcalc.promotion import autocasts, unbroadcast, widen
 from torchcalc.tracing import leaf
@@ -379,18 +379,13 @@ def scaled_dot_product_attention(
         )
     if torch.compiler.is_compiling() or dropout_p != 0.0 or (is_causal and attn_mask is not None):
         return torchs()
-    if (autocast := autocasts(query)) and kernels.rows() is not None:
-        low = torch.get_autocast_dtype(query.device.type)
-        q, k, v, mask = (
-            cast(x, low) if x is not None and x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x
-            for x in (query, key, value, attn_mask)
-        )
-        assert q is not None and k is not None and v is not None
-        with torch.autocast(query.device.type, enabled=False):
-            return scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     if (rows := kernels.rows()) is None:
         native.warn_once((query,), nodes=True)
-    elif not autocast:
+    elif autocasts(query):
+        q, k, v, mask = lowered((query, key, value, attn_mask), query.device.type)
+        with torch.autocast(query.device.type, enabled=False):
+            return scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    else:
         found: Tensor | None = rows.attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if found is not None:
             return found

@@ -36,7 +36,7 @@ from torchcalc import native
 from torchcalc.activations import gelu, relu, sigmoid, silu, tanh
 from torchcalc.activations.glu import geglu, reglu, swiglu  # noqa: F401  which define the gates
 from torchcalc.autograd import Function
-from torchcalc.casts import cast
+from torchcalc.casts import lowered
 from torchcalc.formula.launch import PLAIN
 from torchcalc.formula.launched import enter, is_observed, whole_kernels
 from torchcalc.formula.pointwise import FORMULAS, Formula, change
@@ -171,8 +171,7 @@ def block(x: Tensor, parts: Parts, name: str, recompute: bool) -> Tensor:
             native.warn_once((x,), nodes=True)
         elif (place := kernels.index(formula)) >= 0:
             if autocasts(x):
-                low = torch.get_autocast_dtype(x.device.type)
-                given = [a if a is None or a.dtype == torch.float64 else cast(a, low) for a in given]
+                given = lowered(given, x.device.type)
             if gpu.takes(x.device) and type(x) in PLAIN and not is_observed():
                 enter(formula, given[0], (), whole_kernels)
             found: Tensor | None = rows.mlp(place, *given, recompute)

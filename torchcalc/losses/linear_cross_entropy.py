@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcalc.activations.softcap import softcap
-from torchcalc.casts import cast
+from torchcalc.casts import lowered
 from torchcalc.formula.launch import PLAIN
 from torchcalc.formula.launched import is_observed
 from torchcalc.formula.triton import ELEMENTS
@@ -289,9 +289,7 @@ def linear_cross_entropy(
     flat = linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten()
     if not inner:
         if autocasts(input) and not torch.compiler.is_compiling():
-            low = torch.get_autocast_dtype(input.device.type)
-            x, w, b = (a if a is None or a.dtype == torch.float64 else cast(a, low) for a in (input, *flat))
-            assert x is not None and w is not None
+            x, w, b = lowered((input, *flat), input.device.type)
             if takes((input, linear_weight, linear_bias), x, w, b, terms):
                 with torch.autocast(input.device.type, enabled=False):
                     return _chunked(x, w, b, terms, memory, widen(x).dtype, metrics, recompute, filter_eps)

@@ -139,6 +139,11 @@ def generators() -> dict[str, Any]:
     return found
 
 
+def alike(a: Any, b: Any) -> bool:
+    """Whether two states of a generator are the same."""
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
 def seed(value: int) -> None:
     torch.default_generator.manual_seed(value)
     random.seed(value)

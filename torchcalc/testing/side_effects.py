@@ -18,14 +18,10 @@ from torchcalc.testing.kept import reachable
 from torchcalc.testing.numeric import need_derivatives
 from torchcalc.testing.registry import check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.settings import generators, left_alone, restore, seed, settings
+from torchcalc.testing.settings import alike, generators, left_alone, restore, seed, settings
 from torchcalc.testing.subject import CLEAR, Subject, pull, reseed
 
 CALLS = 3  # a container that grows by each of them
-
-
-def alike(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def once(subject: Subject, create_graph: bool = False) -> list[Tensor | None]:

@@ -12,11 +12,7 @@ from torchcalc.testing.optimizers.subject import OptimizerSubject
 from torchcalc.testing.optimizers.tensors import Grads, clone, gradients
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.settings import generators, restore, seed, settings
-
-
-def alike(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+from torchcalc.testing.settings import alike, generators, restore, seed, settings
 
 
 @check("optimizer", "side effects")
