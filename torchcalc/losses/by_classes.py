@@ -32,9 +32,8 @@ import torch
 from torch import Tensor
 
 from torchcalc.activations.softcap import softcap
-from torchcalc.formula.launch import PLAIN
 from torchcalc.losses.cross_entropy import shares
-from torchcalc.losses.head import Terms, add_product_, even, gradients_of_definition, uncap
+from torchcalc.losses.head import Terms, add_product_, even, gradients_of_definition, is_watched, taken, uncap
 from torchcalc.native import gpu, row_kernels
 from torchcalc.promotion import widen
 
@@ -193,15 +192,14 @@ class ByClasses(torch.autograd.Function):
         ctx.save_for_backward(x, w, b, target, weight, token_weight, lse, n)
         ctx.terms = terms._replace(target=None, class_weight=None, token_weight=None)
         ctx.how = chunk, filter_eps
-        each = losses if u is None else losses * u
-        return each.to(dtype, copy=True) if terms.reduction == "none" else (each.double().sum() / n).to(dtype)
+        return taken(losses, u, n, terms.reduction, dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, target, weight, u, lse, n = ctx.saved_tensors
         terms = ctx.terms._replace(target=target, class_weight=weight, token_weight=u)
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or type(g) not in PLAIN or not torch._C._has_storage(g):
+        if is_watched(g):
             return *gradients_of_definition(g, x, w, b, terms, needed), None, None, None, None
         share = widen(g) if terms.reduction == "none" else g.double() / n
         share = share if u is None else share * u

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchcalc.activations.softcap import softcap
+from torchcalc.formula.launch import PLAIN
 from torchcalc.layers.linear import linear
 from torchcalc.losses.cross_entropy import class_dim, cross_entropy
 from torchcalc.promotion import widen
@@ -66,6 +67,17 @@ def with_logits(
         losses = loss_of(logits.detach(), "none", None, None)
         z = logits.detach() if terms.softcap is None else softcap(logits.detach(), terms.softcap)
         return loss, accurate(losses, *look_at(z), terms)
+
+
+def taken(losses: Tensor, u: Tensor | None, n: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """The loss of the samples' losses: each u times, and with a reduction over n."""
+    each = losses if u is None else losses * u
+    return each.to(dtype, copy=True) if reduction == "none" else (each.double().sum() / n).to(dtype)
+
+
+def is_watched(g: Tensor) -> bool:
+    """Whether what comes in is differentiated again, or is no plain tensor: then the definition answers."""
+    return torch.is_grad_enabled() or type(g) not in PLAIN or not torch._C._has_storage(g)
 
 
 def gradients_of_definition(

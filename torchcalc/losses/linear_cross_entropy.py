@@ -42,9 +42,11 @@ from torchcalc.losses.head import (
     check_targets,
     even,
     gradients_of_definition,
+    is_watched,
     look_at,
     no_class,
     scaled,
+    taken,
     uncap,
     with_logits,
 )
@@ -101,8 +103,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         losses, grads, looks = run(x, w, b, terms, chunk, share, needed, metrics)
         ctx.save_for_backward(x, w, b, target, weight, token_weight, *grads)
         ctx.terms, ctx.chunk = terms._replace(target=None, class_weight=None, token_weight=None), chunk
-        each = losses if u is None else losses * u
-        loss = each.to(dtype, copy=True) if terms.reduction == "none" else (each.double().sum() / n).to(dtype)
+        loss = taken(losses, u, n, terms.reduction, dtype)
         if not metrics:
             return loss
         ctx.mark_non_differentiable(losses, *looks)
@@ -114,7 +115,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         terms = ctx.terms._replace(target=target, class_weight=weight, token_weight=u)
         needed = ctx.needs_input_grad[:3]
         nothing = (None,) * 5
-        if torch.is_grad_enabled() or type(g) not in PLAIN or not torch._C._has_storage(g):
+        if is_watched(g):
             return *gradients_of_definition(g, x, w, b, terms, needed), *nothing
         if terms.reduction == "none":
             share = widen(g) if u is None else widen(g) * u
