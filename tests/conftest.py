@@ -7,8 +7,22 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seed() -> Iterator[None]:
+    """The same numbers for every test, and none that leaves to the next a device, a dtype or a mode."""
     torch.manual_seed(0)
+    before = surroundings()
+    yield
+    assert surroundings() == before
+
+
+def surroundings() -> tuple[object, ...]:
+    return (
+        torch.get_default_dtype(),
+        getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None),
+        torch._C._len_torch_function_stack(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -197,17 +197,16 @@ def surroundings(inputs: Sequence[Any]) -> Iterator[None]:
     """Grad mode on, and one thread, for examples are small; afterwards generators and threads are as they were."""
     devices = {x.device.index or 0 for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
     default = torch.get_default_device()
-    token = CALLERS_DEVICE.set(default if default.type != "cpu" else None)
-    with left_alone(), torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+    elsewhere = default.type != "cpu"
+    token = CALLERS_DEVICE.set(default if elsewhere else None)
+    # the mode slows every call: not entered in vain
+    here = torch.device("cpu") if elsewhere else nullcontext()
+    with left_alone(), torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad(), here:
         torch.set_num_threads(1)  # on a busy machine waiting for a second one takes 20 times as long as a batch_norm
-        if default.type != "cpu":  # a mode that slows every call: not set in vain
-            torch.set_default_device("cpu")
         try:
             yield
         finally:
             CALLERS_DEVICE.reset(token)
-            if default.type != "cpu":
-                torch.set_default_device(default)
 
 
 def prepare(fn: Any, inputs: Sequence[Any], reference: Any, wrt: Any, name: str | None) -> Subject:

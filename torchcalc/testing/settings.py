@@ -32,10 +32,7 @@ PATCHABLE = [
 ]
 SETTINGS: dict[str, Setting] = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "the default device": (
-        torch.get_default_device,
-        lambda value: torch.set_default_device(None if value.type == "cpu" else value),
-    ),
+    "the default device": (torch.get_default_device, lambda value: set_default_device(value)),
     "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "inference mode": (torch.is_inference_mode_enabled, lambda value: None),
     "deterministic algorithms": (
@@ -72,6 +69,16 @@ SETTINGS: dict[str, Setting] = {
     "the function modes": (torch._C._len_torch_function_stack, lambda value: pop_modes(value)),
     "the hooks of saved tensors": (lambda: saved_hooks(), lambda value: set_saved_hooks(value)),
 }
+
+
+def set_default_device(value: torch.device) -> None:
+    """The default device as it was, be it set for good or by ``with``: under a ``with`` nothing of ours may stay.
+
+    ``set_default_device`` remembers the mode that it finds. One that outlives the ``with`` would bring it back later.
+    """
+    torch.set_default_device(None)
+    if torch.get_default_device() != value:
+        torch.set_default_device(value)
 
 
 def patch(value: list[Any]) -> None:
