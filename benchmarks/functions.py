@@ -70,6 +70,7 @@ def rows() -> Iterator[Row]:
             yield function_row(name, (size,), torch.float32)
         yield function_row(name, (SIZES[-1],), torch.bfloat16)
     yield function_row("gelu", (SIZES[-1],), torch.float32, " tanh", approximate="tanh")
+    yield rows_row("glu", (32, 10))
     for name in ("glu", "swiglu", "geglu", "reglu"):
         yield function_row(name, (32,), torch.float32, inputs=2)
         yield function_row(name, (SIZES[-1],), torch.float32, inputs=2)
@@ -92,6 +93,7 @@ def rows() -> Iterator[Row]:
     for norm in NORMS:
         yield norm_row(*norm)
     for sizes in ((32, 16, 32), (4096, 512, 1408)):
+        yield linear_row(sizes)
         for name in ("mlp", "gated_mlp"):
             yield block_row(name, sizes)
     for lengths in ((1, 2, 8, 16), (8, 6, 256, 64)):
@@ -278,6 +280,17 @@ def norm_row(name: str, shape: tuple[int, ...], dtype: torch.dtype, target: floa
         against="torch's rms_norm of a sum" if inputs == 2 else f"torch's {name}",
         traffic=Traffic(size, reads=3, writes=2) if inputs == 1 and size > 1 << 20 else None, target=target,
         quick=shape[0] <= 32,
+    )  # fmt: skip
+
+
+def linear_row(sizes: tuple[int, int, int]) -> Row:
+    """Samples, inputs and outputs; a layer with a bias."""
+    n, d, o = sizes
+    stock, mine = pair("linear")
+    return row(
+        f"linear, {n}x{d}x{o}", stock, mine,
+        lambda: [values((n, d), torch.float32), values((o, d), torch.float32, 1) / d**0.5, values((o,), torch.float32, 2)],
+        torch.float32, against="torch's linear", target=0.97 if n > 32 else 0.9, quick=n <= 32,
     )  # fmt: skip
 
 

@@ -58,6 +58,8 @@ def autocasts(x: Tensor) -> bool:
     ...     autocasts(torch.ones(2))
     True
     """
+    if not _is_any_autocast_enabled():
+        return False
     return x.device.type not in WITHOUT_AUTOCAST and torch.is_autocast_enabled(x.device.type)
 
 

@@ -39,7 +39,7 @@ def leaf(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if (tracer := tracer_of(args, kwargs)) is not None:
+        if not is_compiling() and is_fx_tracing() and (tracer := tracer_of(args, kwargs)) is not None:
             node: Any = tracer.create_proxy("call_function", call, args, kwargs)
             return node
         return function(*args, **kwargs)

@@ -325,6 +325,16 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor
     return in_groups(q, k), k.unsqueeze(-3), v.unsqueeze(-3), mask
 
 
+def torchs(query: Tensor, key: Tensor, value: Tensor, *others: Any, **how: Any) -> Tensor:
+    """torch's own, whose kernels read beyond the end where there are fewer values than keys."""
+    if min(key.dim(), value.dim()) >= 2 and key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(
+            f"key has {key.shape[-2]} rows and value {value.shape[-2]} (shapes {tuple(key.shape)}, {tuple(value.shape)}); "
+            "each key needs its value"
+        )
+    return F.scaled_dot_product_attention(query, key, value, *others, **how)
+
+
 @leaf
 def scaled_dot_product_attention(
     query: Tensor,
@@ -368,17 +378,8 @@ def scaled_dot_product_attention(
             [1.6698]])
     """
 
-    def torchs() -> Tensor:
-        how: Any = {"scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **how)
-
-    if min(key.dim(), value.dim()) >= 2 and key.shape[-2] != value.shape[-2]:  # torch's kernels read beyond the end
-        raise RuntimeError(
-            f"key has {key.shape[-2]} rows and value {value.shape[-2]} (shapes {tuple(key.shape)}, {tuple(value.shape)}); "
-            "each key needs its value"
-        )
     if torch.compiler.is_compiling() or dropout_p != 0.0 or (is_causal and attn_mask is not None):
-        return torchs()
+        return torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if (rows := kernels.rows()) is None:
         native.warn_once((query,), nodes=True)
     elif autocasts(query):
@@ -392,9 +393,9 @@ def scaled_dot_product_attention(
     given = query, key, value, attn_mask
     if groups := enable_gqa and min(query.dim(), key.dim()) >= 3 and query.shape[-3] != key.shape[-3]:
         if key.shape[-3] == 0 or query.shape[-3] % key.shape[-3] or key.shape[-3] != value.shape[-3]:
-            return torchs()
+            return torchs(query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=True)
         given = grouped(*given)
     if not fits(*given):
-        return torchs()
+        return torchs(query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     y: Tensor = AttentionFunction.apply(*given, is_causal, query.shape[-1] ** -0.5 if scale is None else float(scale))
     return y.reshape(*query.shape[:-1], value.shape[-1]) if groups else y

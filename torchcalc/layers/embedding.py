@@ -112,23 +112,26 @@ def embedding(
     tensor([[0., 0.],
             [2., 2.]])
     """
-    if torch.compiler.is_compiling() or not isinstance(weight, Tensor) or weight.dim() != 2 or input.is_nested:
+    compiling = torch.compiler.is_compiling()
+    nodes = None if compiling else kernels.rows()
+    if nodes is not None and max_norm is None:
+        found: Tensor | None = nodes.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse, scale)
+        if found is not None:
+            return found
+    if compiling or not isinstance(weight, Tensor) or weight.dim() != 2 or input.is_nested:
         y = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return y if scale == 1 else y * scale
     rows = len(weight)
     if padding_idx is not None and not -rows <= padding_idx < rows:
         raise AssertionError(f"Padding_idx must be within num_embeddings: it is {padding_idx}, of {rows} rows")
-    padding = -1 if padding_idx is None else padding_idx % rows
     if max_norm is not None:
         input = input.contiguous()
         with torch.no_grad():
             torch.embedding_renorm_(weight, input, max_norm, norm_type)
-    if (nodes := kernels.rows()) is None:
+        return embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse, scale=scale)
+    if nodes is None:
         native.warn_once((weight,), nodes=True)
-    else:
-        found: Tensor | None = nodes.embedding(weight, input, padding, scale_grad_by_freq, sparse, scale)
-        if found is not None:
-            return found
+    padding = -1 if padding_idx is None else padding_idx % rows
     y = EmbeddingFunction.apply(weight, input, padding, scale_grad_by_freq, sparse, float(scale))
     return y
 

@@ -22,8 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchcalc import native
 from torchcalc.autograd import Function
-from torchcalc.promotion import unbroadcast
+from torchcalc.casts import lowered
+from torchcalc.native import pointwise as kernels
+from torchcalc.promotion import autocasts, unbroadcast
 from torchcalc.tracing import NotScripted, leaf
 
 __all__ = ["Linear", "linear"]
@@ -95,6 +98,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> y, w.grad
     (tensor([11.], grad_fn=<LinearFunctionBackward>), tensor([[1., 2.]]))
     """
+    if not torch.compiler.is_compiling():
+        if (rows := kernels.rows()) is None:
+            native.warn_once((input,), nodes=True)
+        else:
+            given = lowered((input, weight, bias), input.device.type) if autocasts(input) else (input, weight, bias)
+            y: Tensor | None = rows.linear(*given)
+            if y is not None:
+                return y
     if input.is_nested and input.layout == torch.strided:  # which no Function of Python may return
         return torch.nested.as_nested_tensor([linear(part, weight, bias) for part in input.unbind()])
     return LinearFunction.apply(input, weight, bias)

@@ -61,8 +61,9 @@ def rows() -> Any:
     cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, z_loss), softmax(input, dim, log),
     rms_norm(input, residual, weight, normalized_shape, eps), layer_norm(input, weight, bias, normalized_shape, eps),
     group_norm(input, weight, bias, num_groups, eps), attention(query, key, value, mask, causal, scale, grouped),
+    linear(input, weight, bias),
     mlp(place, input, weight, bias, up_weight, up_bias, down_weight, down_bias, recompute),
-    embedding(weight, index, padding or -1, by_frequency, sparse, scale), dropout(input, p).
+    embedding(weight, index, padding or None, by_frequency, sparse, scale), dropout(input, p).
     """
     return _nodes if _connect() else None
 

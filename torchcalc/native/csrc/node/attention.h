@@ -13,6 +13,7 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "gpu.h"
@@ -23,7 +24,17 @@ namespace {
 // torch's numbers for its kernels.
 enum class Fused : int64_t { flash = 1, efficient = 2, cudnn = 3 };
 
-constexpr int64_t widest = 16;  // numbers of torch's longest vectors
+// Of fewer keys than its vectors hold, 16 at most, torch's kernel on CPU takes a row of NaN for one that is masked: then the row's
+// log Σ exp is 0.
+constexpr int64_t widest = 16;
+
+bool has_zero(const Tensor& lse) {
+  const auto in = [&](const auto* x) { return std::find(x, x + lse.numel(), 0) != x + lse.numel(); };
+  return lse.scalar_type() == at::kDouble ? in(lse.const_data_ptr<double>()) : in(lse.const_data_ptr<float>());
+}
+
+bool is_finite(const Tensor& x) { return std::isfinite(x.sum(at::kDouble).item<double>()); }
+bool is_nan(const Tensor& x) { return x.defined() && std::isnan(x.sum(at::kDouble).item<double>()); }
 
 struct AttentionBackward : public KernelNode {
   SavedVariable saved_q, saved_k, saved_v, saved_mask, saved_y, saved_lse;
@@ -126,8 +137,7 @@ std::optional<Tensor> attention(
     if (mask.defined()) m = as_added(mask, q, k, kernel);
     if (q.is_cpu()) {
       std::tie(y, lse) = at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, if_defined(m), scale);
-      // Of fewer keys than a vector holds the kernel takes a row of NaN for one that is masked, and returns 0.
-      if (k.size(2) < widest && std::isnan(q.sum().item<double>())) y.masked_fill_(q.sum(-1, true).isnan(), std::numeric_limits<double>::quiet_NaN());
+      if (k.size(2) < widest && has_zero(lse) && !(is_finite(q) && is_finite(k) && !is_nan(m))) return std::nullopt;
     } else if (kernel != Fused::efficient) {
       auto [out, sums, cumulated_q, cumulated_k, longest_q, longest_k, s, o, debug] = kernel == Fused::flash
           ? at::_scaled_dot_product_flash_attention(q, k, v, 0.0, causal, false, scale)

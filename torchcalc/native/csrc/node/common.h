@@ -43,8 +43,8 @@ at::ScalarType computed(at::ScalarType type) { return type == at::kDouble ? at::
 
 // In memory as it is, with nothing of torch's left to be done to it.
 bool is_array(const Tensor& x) {
-  return (x.device().is_cpu() || x.device().is_cuda()) && x.layout() == at::kStrided && !x.is_neg() && !x._is_zerotensor() &&
-      !at::isTensorSubclassLike(x);
+  return (x.device().is_cpu() || x.device().is_cuda()) && x.layout() == at::kStrided && !x.is_nested() && !x.is_neg() &&
+      !x._is_zerotensor() && !at::isTensorSubclassLike(x);
 }
 
 // And of numbers that a kernel may read.

@@ -43,9 +43,12 @@ struct EmbeddingBackward : public KernelNode {
 };
 
 std::optional<Tensor> embedding(
-    const Tensor& w, const Tensor& index, int64_t padding, bool by_frequency, bool sparse, double scale) {
+    const Tensor& w, const Tensor& index, std::optional<int64_t> padded, bool by_frequency, bool sparse, double scale) {
   if (w.dim() != 2 || !is_array(index) || (index.scalar_type() != at::kLong && index.scalar_type() != at::kInt)) return std::nullopt;
   if (index.device() != w.device()) return std::nullopt;
+  const int64_t rows = w.size(0);
+  if (padded && (*padded < -rows || *padded >= rows)) return std::nullopt;
+  const int64_t padding = !padded ? -1 : *padded < 0 ? *padded + rows : *padded;
   Tensor y;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -55,7 +58,7 @@ std::optional<Tensor> embedding(
   if (torch::autograd::compute_requires_grad(w)) {
     auto node = make_node<EmbeddingBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(w));
-    node->rows = w.size(0);
+    node->rows = rows;
     node->padding = padding;
     node->by_frequency = by_frequency;
     node->sparse = sparse;

@@ -2,13 +2,9 @@
 // torch's.
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
-
 #include <array>
 
+#include "linear.h"
 #include "norms.h"
 #include "pointwise.h"
 
@@ -16,14 +12,6 @@ namespace {
 
 // The arguments in their order; biases, and up where there is no gate, may be undefined.
 enum Argument : size_t { in, gate, gate_bias, up, up_bias, down, down_bias, arguments };
-
-// No derivatives and no autocast of torch's own.
-struct AsItIs {
-  const at::AutoDispatchBelowADInplaceOrView without_derivatives;
-  const c10::impl::ExcludeDispatchKeyGuard without_autocast{c10::autocast_dispatch_keyset};
-};
-
-Tensor as_rows(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
 
 // a, and b where there is a gate.
 variable_list hidden_of(const Tensor& rows, const Tensor* given) {
@@ -164,9 +152,7 @@ std::optional<Tensor> mlp(int64_t place, const Tensor* given, bool recompute) {
     hidden = hidden_of(rows, given);
     const Tensor h = value_of(formula, hidden);
     if (!h.defined()) return std::nullopt;
-    std::vector<int64_t> size = given[in].sizes().vec();
-    size.back() = given[down].size(0);
-    y = at::linear(h, given[down], if_defined(given[down_bias])).view(size);
+    y = at::linear(h, given[down], if_defined(given[down_bias])).view(with_last(given[in], given[down].size(0)));
   }
   bool recorded = false;
   for (size_t i = 0; i < arguments; ++i) recorded |= given[i].defined() && given[i].requires_grad();

@@ -17,6 +17,7 @@
 #include "common.h"
 #include "gpu.h"
 #include "layers.h"
+#include "linear.h"
 #include "mlp.h"
 #include "norms.h"
 #include "pointwise.h"
@@ -290,6 +291,20 @@ PyObject* py_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// linear(input, weight, bias or None)
+PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor given[3];
+  if (count != 3 || is_observed() || !read_optional(args, 3, given)) Py_RETURN_NONE;
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = linear(given[0], given[1], given[2]);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 // mlp(place, input, weight, bias, up_weight or None, up_bias, down_weight, down_bias, recompute); biases may be None
 PyObject* py_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -307,13 +322,14 @@ PyObject* py_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// embedding(weight, index, padding or -1, by_frequency, sparse, scale)
+// embedding(weight, index, padding or None, by_frequency, sparse, scale)
 PyObject* py_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   c10::SmallVector<Tensor, max_inputs> w;
   if (count != 6 || is_observed() || !read_inputs(args, 1, w) || !THPVariable_CheckExact(args[1])) Py_RETURN_NONE;
   const Tensor& index = THPVariable_Unpack(args[1]);
-  const int64_t padding = PyLong_AsLongLong(args[2]);
+  std::optional<int64_t> padding;
+  if (args[2] != Py_None) padding = PyLong_AsLongLong(args[2]);
   const bool by_frequency = PyObject_IsTrue(args[3]), sparse = PyObject_IsTrue(args[4]);
   const double scale = PyFloat_AsDouble(args[5]);
   if (PyErr_Occurred()) throw python_error();
@@ -464,6 +480,7 @@ PyMethodDef methods[] = {
     {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_attention)), METH_FASTCALL, nullptr},
     {"embedding", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_embedding)), METH_FASTCALL, nullptr},
     {"dropout", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_dropout)), METH_FASTCALL, nullptr},
+    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_linear)), METH_FASTCALL, nullptr},
     {"mlp", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_mlp)), METH_FASTCALL, nullptr},
     {"saved", py_saved, METH_O, nullptr},
     {"find", py_find, METH_VARARGS, nullptr},

@@ -4,6 +4,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
+#include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -206,6 +207,45 @@ Tensor half_of(const Tensor& x, int64_t dim, int64_t which) {
   return x.narrow(dim, which * n, n);
 }
 
+// Memory in which both halves along a dimension take turns, n numbers of the one and n of the other. Of few numbers the turns
+// are computed one by one, without views and an iterator over them, which take longer than the numbers.
+struct Turns {
+  int64_t count = 1, n = 1;
+  bool serve;
+
+  Turns(const Tensor& x, int64_t dim) : serve(x.is_contiguous() && x.numel() > 0 && x.numel() <= at::internal::GRAIN_SIZE) {
+    for (int64_t d = 0; d < x.dim(); ++d) (d < dim ? count : n) *= x.size(d);
+    n /= 2;
+  }
+
+  // An operand, and by how many bytes it advances in a turn.
+  using Place = std::pair<Operand, int64_t>;
+
+  Place half(const Tensor& x, int64_t which) const {
+    Operand o = flat(x);
+    o.data += which * n * o.stride;
+    return {o, 2 * n * o.stride};
+  }
+
+  Place own(const Tensor& x) const {
+    const Operand o = flat(x);
+    return {o, n * o.stride};
+  }
+
+  void compute(const Kernel& kernel, std::initializer_list<Place> in, std::initializer_list<Place> out, const double* numbers) const {
+    for (int64_t turn = 0; turn < count; ++turn) {
+      Operand from[max_inputs + 2], to[max_inputs];
+      const auto now = [turn](Place p) {
+        if (p.first.data) p.first.data += turn * p.second;
+        return p.first;
+      };
+      std::transform(in.begin(), in.end(), from, now);
+      std::transform(out.begin(), out.end(), to, now);
+      table->apply(kernel, n, from, static_cast<int>(in.size()), 1, to, numbers, true);
+    }
+  }
+};
+
 // All of one size, stretched where they broadcast, and contiguous where they do not lie alike: for reductions.
 c10::SmallVector<Tensor, max_inputs + 1> aligned(TensorList inputs, const std::optional<Tensor>& weight) {
   c10::SmallVector<Tensor, max_inputs + 1> all(inputs.begin(), inputs.end());
@@ -263,6 +303,15 @@ struct Backward : public KernelNode {
     Tensor weight, whole;
     if (halved >= 0) {
       whole = arguments[1];
+      if (plain && !at::GradMode::is_enabled() && g.is_contiguous()) {
+        if (const Turns turns(whole, halved); turns.serve) {
+          Tensor grad = at::detail::empty_cpu(whole.sizes(), whole.scalar_type());
+          turns.compute(
+              formula->joint, {turns.own(g), turns.half(whole, 0), turns.half(whole, 1), {}},
+              {turns.half(grad, 0), turns.half(grad, 1)}, numbers.data());
+          return {grad};
+        }
+      }
       for (int i = 0; i < 2; ++i) arguments[1 + i] = half_of(whole, halved, i);
     }
     if (has_weight) plain &= is_plain(weight = saved_weight.unpack(self));
@@ -485,11 +534,16 @@ std::optional<Tensor> of_halves(int64_t place, const Tensor& x, int64_t dim, at:
   const Formula& formula = table->formulas[place];
   if (!x.is_cpu() || !is_plain(x) || formula.inputs != 2 || formula.joint.of_float == nullptr) return std::nullopt;
   Tensor out;
-  c10::SmallVector<Tensor, 2> halves;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    for (int i = 0; i < 2; ++i) halves.push_back(half_of(x, dim, i));
-    out = compute(formula.value, halves, x.scalar_type(), numbers.data())[0];
+    if (const Turns turns(x, dim); turns.serve) {
+      std::vector<int64_t> size = x.sizes().vec();
+      size[dim] /= 2;
+      out = at::detail::empty_cpu(size, x.scalar_type());
+      turns.compute(formula.value, {turns.half(x, 0), turns.half(x, 1)}, {turns.own(out)}, numbers.data());
+    } else {
+      out = compute(formula.value, {half_of(x, dim, 0), half_of(x, dim, 1)}, x.scalar_type(), numbers.data())[0];
+    }
   }
   if (torch::autograd::compute_requires_grad(x)) {
     auto node = make_node<Backward>();
@@ -497,10 +551,7 @@ std::optional<Tensor> of_halves(int64_t place, const Tensor& x, int64_t dim, at:
     node->formula = &formula;
     node->numbers.assign(numbers.begin(), numbers.end());
     node->halved = dim;
-    for (const Tensor& half : halves) {
-      node->sizes.emplace_back(half.sizes().begin(), half.sizes().end());
-      node->dtypes.push_back(x.scalar_type());
-    }
+    node->dtypes.push_back(x.scalar_type());
     node->saved[0] = SavedVariable(x, false);
     node->has[0] = true;
     torch::autograd::set_history(out, node);
