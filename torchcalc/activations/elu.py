@@ -36,7 +36,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     Args:
         input: tensor of any shape and float dtype.
         alpha: the limit of the result far below 0 is -alpha.
-        inplace: if True, the result is also written to ``input``, which is returned; backward keeps a copy of the input.
+        inplace: if True, the result is written to ``input``, which is returned; backward keeps a copy of the input.
 
     Returns:
         Tensor of the same shape and dtype.

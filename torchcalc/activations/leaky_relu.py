@@ -5,7 +5,7 @@ Derivation.  Each branch by itself:
     y' = 1 where x > 0,  a elsewhere.                                             (1)
 
 At the kink x = 0 torch and we take a. The map is elementwise, J = diag(y') = Jᵀ: backward and jvp are the same product.
-Saves x.
+Saves x; in place the result, which takes its memory, where a ≥ 0.
 """
 
 import torch.nn.functional as F
@@ -26,7 +26,12 @@ def slope(x: Term, g: Term, *, negative_slope: float) -> Term:
     return where(x > 0, g, g * negative_slope)  # (1) times g
 
 
+def slope_by_result(y: Term, g: Term, *, negative_slope: float) -> Term:
+    return where(y > 0, g, g * negative_slope)  # for a ≥ 0 y > 0 exactly where x > 0
+
+
 _leaky_relu = pointwise("LeakyReLU", value, slope, torch_value=F.leaky_relu)
+_leaky_relu_in_place = pointwise("LeakyReLUInPlace", value, slope_by_result, torch_value=F.leaky_relu)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -35,7 +40,8 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     Args:
         input: tensor of any shape and float dtype.
         negative_slope: the slope below 0.
-        inplace: if True, the result is also written to ``input``, which is returned; backward keeps a copy of the input.
+        inplace: if True, the result is written to ``input``, which is returned. Backward reads it there, and raises if
+            another operation has changed it since, as torch's; with a negative slope it keeps a copy of the input.
 
     Returns:
         Tensor of the same shape and dtype.
@@ -54,7 +60,9 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     >>> y.tolist(), x.grad.tolist()
     ([-0.25, 2.0], [0.25, 1.0])
     """
-    return in_place(_leaky_relu, input, negative_slope) if inplace else _leaky_relu(input, negative_slope)
+    if not inplace:
+        return _leaky_relu(input, negative_slope)
+    return in_place(_leaky_relu_in_place if negative_slope >= 0 else _leaky_relu, input, negative_slope)
 
 
 class LeakyReLU(NotScripted, nn.LeakyReLU):

@@ -51,7 +51,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
 
     Args:
         input: tensor of any shape and float dtype.
-        inplace: if True, the result is also written to ``input``, which is returned; backward keeps a copy of the input.
+        inplace: if True, the result is written to ``input``, which is returned; backward keeps a copy of the input.
 
     Returns:
         Tensor of the same shape and dtype, ≥ -0.309.

@@ -15,6 +15,7 @@ Reference: Nair, Hinton 2010, "Rectified linear units improve restricted Boltzma
 import torch
 from torch import Tensor, nn
 
+from torchcalc.activations.inplace import in_place
 from torchcalc.formula import Term, pointwise, where
 from torchcalc.tracing import NotScripted
 
@@ -37,9 +38,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Args:
         input: tensor of any shape and real dtype.
-        inplace: if True, the result is also written to ``input``, which is returned. Unlike torch's it saves no memory
-            when gradients are recorded: backward keeps its own copy of the result, which a later in-place operation
-            cannot spoil.
+        inplace: if True, the result is written to ``input``, which is returned. Backward reads it there, and raises if
+            another operation has changed it since, as torch's.
 
     Returns:
         Tensor of the same shape and dtype, ≥ 0 or NaN.
@@ -55,8 +55,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     >>> y.tolist(), x.grad.tolist()
     ([0.0, 0.0, 2.0], [0.0, 0.0, 1.0])
     """
-    result = _relu(input)
-    return input.copy_(result) if inplace else result
+    return in_place(_relu, input) if inplace else _relu(input)
 
 
 class ReLU(NotScripted, nn.ReLU):

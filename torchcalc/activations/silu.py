@@ -35,7 +35,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Args:
         input: tensor of any shape, of float or complex dtype.
-        inplace: if True, the result is also written to ``input``, which is returned; backward keeps a copy of the input.
+        inplace: if True, the result is written to ``input``, which is returned; backward keeps a copy of the input.
 
     Returns:
         Tensor of the same shape and dtype, ≥ -0.279 if real.

@@ -61,6 +61,7 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
             return node
         return reference(*args)
 
+    setattr(apply, "formula", formula)  # noqa: B010: mypy knows no attributes of functions
     return apply
 
 

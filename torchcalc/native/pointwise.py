@@ -23,6 +23,7 @@ __all__ = [
     "ROW_REDUCTIONS",
     "elementwise",
     "enter_launch",
+    "in_place",
     "index",
     "of_halves",
     "reduced",
@@ -38,9 +39,10 @@ ROW_REDUCTIONS = {**REDUCTIONS, "wide": 3}
 _indices: dict[str, int] = {}
 _connected: bool | None = None
 
-#: elementwise(index, *inputs, *numbers), of_halves(index, input, dim, *numbers),
+#: elementwise(index, *inputs, *numbers), in_place(index, input, *numbers), of_halves(index, input, dim, *numbers),
 #: reduced(index, *inputs, weight or None, reduction, by_weight, *numbers)
 elementwise: Any
+in_place: Any
 of_halves: Any
 reduced: Any
 #: enter_launch(place, kind, dtype, device's index, function, threads, shared memory, block, parameters, numbers)
@@ -78,7 +80,7 @@ def saved(node: Any) -> list[Any] | None:
 
 def _connect() -> bool:
     """Give the nodes the table of kernels, and the formulas for backward of backward."""
-    global _connected, _nodes, elementwise, of_halves, reduced, enter_launch
+    global _connected, _nodes, elementwise, in_place, of_halves, reduced, enter_launch
     if _connected is None:
         _nodes = native.nodes()
         _connected = _nodes is not None
@@ -86,7 +88,7 @@ def _connect() -> bool:
             library = ctypes.CDLL(str(native.library()))
             library.torchcalc_table.restype = ctypes.c_void_p
             _nodes.connect(library.torchcalc_table())
-            elementwise, of_halves = _nodes.elementwise, _nodes.of_halves
+            elementwise, in_place, of_halves = _nodes.elementwise, _nodes.in_place, _nodes.of_halves
             reduced, enter_launch = _nodes.reduced, _nodes.enter_launch
             _register_second_derivatives()
     return _connected

@@ -76,8 +76,14 @@ TC_INLINE void run_loop(
   T* const o[] = {out[O]...};
   if constexpr (K::heavy && sizeof(T) == 4) {
     // Two elements in an iteration, of both halves, whose chains of operations run side by side; an odd one in the middle is
-    // computed twice. In double precision the processor's own reach suffices.
-    const int64_t half = (n + 1) / 2;
+    // computed before: each once, for the result may be written over an argument. In double precision the processor's own
+    // reach suffices.
+    const int64_t half = n / 2;
+    if (n % 2 != 0) {
+      T y[sizeof...(O)];
+      element(a[I][half]..., y);
+      ((o[O][half] = y[O]), ...);
+    }
     const T* const b[sizeof...(I) + 1] = {a[I] + (n - half)...};
     T* const q[] = {o[O] + (n - half)...};
     TC_INDEPENDENT

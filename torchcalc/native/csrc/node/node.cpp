@@ -74,6 +74,24 @@ PyObject* py_elementwise(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// in_place(place, input, *numbers)
+PyObject* py_in_place(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::SmallVector<Tensor, max_inputs> inputs;
+  Numbers numbers;
+  if (count < 2 || is_observed() || !read_inputs(args + 1, 1, inputs) || !read_numbers(args + 2, count - 2, numbers)) {
+    Py_RETURN_NONE;
+  }
+  const int64_t place = PyLong_AsLongLong(args[0]);
+  std::optional<Tensor> y;
+  {
+    const pybind11::gil_scoped_release without_gil;
+    y = in_place(place, inputs[0], numbers);
+  }
+  return wrapped(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 // of_halves(place, input, dim, *numbers)
 PyObject* py_of_halves(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -469,6 +487,7 @@ PyObject* py_connect(PyObject*, PyObject* address) {
 
 PyMethodDef methods[] = {
     {"elementwise", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_elementwise)), METH_FASTCALL, nullptr},
+    {"in_place", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_in_place)), METH_FASTCALL, nullptr},
     {"of_halves", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_of_halves)), METH_FASTCALL, nullptr},
     {"reduced", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_reduced)), METH_FASTCALL, nullptr},
     {"cross_entropy", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_cross_entropy)), METH_FASTCALL, nullptr},

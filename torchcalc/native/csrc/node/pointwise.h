@@ -9,6 +9,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "common.h"
 #include "gpu.h"
@@ -44,9 +45,11 @@ bool is_one_number(const Tensor& x, const Tensor& like) { return x.sizes() == li
 // The number of a formula, in the order of the table.
 int64_t place_of(const Formula& formula) { return &formula - table->formulas; }
 
-// On a GPU: one launch over tensors that are dense, alike, of one dtype and aligned; undefined where there is none for them.
+// On a GPU: one launch over tensors that are dense, alike, of one dtype and aligned; undefined where there is none for them. The
+// result is a new tensor, or the one given.
 Tensor launched(
-    const Formula& formula, int kind, at::ArrayRef<Tensor> arguments, const double* scale, at::ArrayRef<double> numbers) {
+    const Formula& formula, int kind, at::ArrayRef<Tensor> arguments, const double* scale, at::ArrayRef<double> numbers,
+    const Tensor& given = {}) {
   torchcalc::Gpu& gpu = torchcalc::Gpu::instance();
   const Tensor* like = nullptr;
   for (const Tensor& x : arguments) {
@@ -66,7 +69,7 @@ Tensor launched(
   }
   const auto launch = gpu.find(torchcalc::Gpu::key(place_of(formula), kind, type, like->device().index()), numbers);
   if (!launch) return {};
-  Tensor out = at::empty_like(*like);
+  Tensor out = given.defined() ? given : at::empty_like(*like);
   const int64_t n = out.numel();
   if (n == 0) return out;
   pointers.push_back(out.mutable_data_ptr());
@@ -526,6 +529,34 @@ std::optional<Tensor> elementwise(int64_t place, TensorList inputs, at::ArrayRef
     if (node->has_y) node->saved_y = SavedVariable(out, true);
   }
   return out;
+}
+
+// The value written over the input, as torch's operations in place are: of what backward reads the input is kept as a copy, and
+// of the result torch checks that nobody changes it. Raises where torch does, before anything is changed.
+std::optional<Tensor> in_place(int64_t place, const Tensor& x, at::ArrayRef<double> numbers) {
+  const Formula& formula = table->formulas[place];
+  at::ScalarType dtype;
+  if (!takes(formula, x, dtype) || !x.is_non_overlapping_and_dense()) return std::nullopt;
+  const bool recorded = torch::autograd::compute_requires_grad(x);
+  if (recorded && !has_derivatives(formula, x)) return std::nullopt;
+  torch::autograd::check_inplace(x, recorded);
+  const Tensor kept = recorded && (formula.product[0].uses & 2) ? x.clone() : x;
+  auto node = recorded ? node_of(formula, kept, numbers) : decltype(node_of(formula, kept, numbers)){};
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (!x.is_cuda()) {
+      compute(formula.value, kept, dtype, numbers.data(), ~0u, {x});
+    } else if (!launched(formula, torchcalc::value, kept, nullptr, numbers, x).defined()) {
+      return std::nullopt;
+    }
+  }
+  torch::autograd::increment_version(x);
+  if (recorded) {
+    node->set_next_edges(torch::autograd::collect_next_edges(x));  // the copy's gradient is x's
+    torch::autograd::rebase_history(x, node);
+    if (node->has_y) node->saved_y = SavedVariable(x, true, x.is_view());
+  }
+  return x;
 }
 
 // A formula of the two halves of one tensor, on CPU: its gradient is written as one, where the halves' own would be copied
