@@ -70,6 +70,9 @@ def rows() -> Iterator[Row]:
             yield function_row(name, (size,), torch.float32)
         yield function_row(name, (SIZES[-1],), torch.bfloat16)
     yield function_row("gelu", (SIZES[-1],), torch.float32, " tanh", approximate="tanh")
+    for name in ("relu", "leaky_relu", "silu"):
+        for size in SIZES[::3]:
+            yield in_place_row(name, size)
     yield rows_row("glu", (32, 10))
     for name in ("glu", "swiglu", "geglu", "reglu"):
         yield function_row(name, (32,), torch.float32, inputs=2)
@@ -179,6 +182,16 @@ def function_row(
     return row(
         named(name, shape, dtype, variant), stock, mine, make, dtype,
         against=f"torch's {name}", traffic=traffic, target=target, quick=shape[0] in (32, SIZES[-1]),
+    )  # fmt: skip
+
+
+def in_place_row(name: str, size: int) -> Row:
+    """Over the result of another operation, as in a model."""
+    stock, mine = pair(name, inplace=True)
+    return row(
+        f"{name} in place, {size}", lambda x: stock(x * 1), lambda x: mine(x * 1),
+        lambda: [values((size,), torch.float32)], torch.float32,
+        against=f"torch's {name}", target=0.97 if size > 32 else 0.9, quick=False,
     )  # fmt: skip
 
 

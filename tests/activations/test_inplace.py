@@ -13,14 +13,16 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 }
 SIZES = [0, 1, 2, 3, 31, 513, 1025, 4097, 40_001]  # odd ones too: the loops compute two at a time
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 activations = pytest.mark.parametrize("f", ACTIVATIONS.values(), ids=ACTIVATIONS)
 
 
 @activations
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_numbers_of_a_new_tensor(f, dtype):
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_numbers_of_a_new_tensor(f, dtype, device):
     for n in SIZES:
-        x = torch.randn(n).to(dtype)
+        x = torch.randn(n).to(device, dtype)
         results = []
         for inplace in (False, True):
             leaf = x.clone().requires_grad_()
