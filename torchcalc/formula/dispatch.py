@@ -61,7 +61,7 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
             return node
         return reference(*args)
 
-    setattr(apply, "formula", formula)  # noqa: B010: mypy knows no attributes of functions
+    apply.formula = formula  # type: ignore[attr-defined]
     return apply
 
 
