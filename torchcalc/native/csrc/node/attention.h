@@ -16,8 +16,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common.h"
 #include "gpu.h"
-#include "norms.h"
 
 namespace {
 

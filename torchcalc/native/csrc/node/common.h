@@ -82,6 +82,31 @@ bool is_observed() {
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+const char* bytes(const Tensor& x) { return x.defined() ? static_cast<const char*>(x.const_data_ptr()) : nullptr; }
+char* own_bytes(const Tensor& x) { return x.defined() ? static_cast<char*>(x.mutable_data_ptr()) : nullptr; }
+
+std::optional<Tensor> if_defined(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
+
+Tensor like(const Tensor& grad, const Tensor& x) { return grad.defined() ? grad.to(x.scalar_type()) : grad; }
+
+// What Python has registered under this name, of operations that have derivatives.
+c10::IValue called(const char* name, torch::jit::Stack stack) {
+  c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(&stack);
+  return std::move(stack.at(0));
+}
+
+// The gradients that are needed, likewise.
+variable_list by_operations(const char* name, torch::jit::Stack stack, const c10::List<bool>& needed) {
+  stack.emplace_back(needed);
+  const auto found = called(name, std::move(stack)).toTensorVector();
+  variable_list grads(needed.size());
+  size_t next = 0;
+  for (size_t i = 0; i < needed.size(); ++i) {
+    if (needed[i]) grads[i] = found.at(next++);
+  }
+  return grads;
+}
+
 // A node of this library.
 struct KernelNode : public Node {
   // What is kept for backward.

@@ -7,7 +7,8 @@
 #include <ATen/ops/native_dropout.h>
 #include <ATen/ops/native_dropout_backward.h>
 
-#include "norms.h"
+#include "../rows.h"
+#include "common.h"
 
 namespace {
 
@@ -27,11 +28,7 @@ struct EmbeddingBackward : public KernelNode {
     if (!g.defined() || !task_should_compute_output(0)) return variable_list(1);
     const Tensor index = saved_index.unpack(self_of(static_cast<Node*>(this)));
     if (!is_plain(g) || at::GradMode::is_enabled()) {
-      static const c10::OperatorHandle operation =
-          c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::embedding_backward", "");
-      torch::jit::Stack stack{g, index, rows, padding, by_frequency, sparse, scale};
-      operation.callBoxed(&stack);
-      return {stack.at(0).toTensor()};
+      return {called("torchcalc_nodes::embedding_backward", {g, index, rows, padding, by_frequency, sparse, scale}).toTensor()};
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
     const bool before = scale != 1 && (sparse || g.numel() < rows * g.size(-1));  // the smaller tensor is multiplied
@@ -98,11 +95,7 @@ struct DropoutBackward : public KernelNode {
       const at::AutoDispatchBelowADInplaceOrView guard;
       return {kept_of(g, keep, p)};
     }
-    static const c10::OperatorHandle operation =
-        c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::dropout_backward", "");
-    torch::jit::Stack stack{g, keep, p};
-    operation.callBoxed(&stack);
-    return {stack.at(0).toTensor()};
+    return {called("torchcalc_nodes::dropout_backward", {g, keep, p}).toTensor()};
   }
 };
 

@@ -71,7 +71,7 @@ std::optional<Tensor> linear(const Tensor& x, const Tensor& w, const Tensor& b) 
   Tensor y;
   {
     const AsItIs guard;
-    y = at::linear(x, w, b.defined() ? std::optional<Tensor>(b) : std::nullopt);
+    y = at::linear(x, w, if_defined(b));
   }
   if (torch::autograd::compute_requires_grad(x, w, b)) {
     auto node = make_node<LinearBackward>();

@@ -5,7 +5,6 @@
 #include <array>
 
 #include "linear.h"
-#include "norms.h"
 #include "pointwise.h"
 
 namespace {

@@ -54,26 +54,6 @@ Tensor in_rows(const Tensor& x, int64_t dims, int64_t& apart) {
   return y;
 }
 
-const char* bytes(const Tensor& x) { return x.defined() ? static_cast<const char*>(x.const_data_ptr()) : nullptr; }
-char* own_bytes(const Tensor& x) { return x.defined() ? static_cast<char*>(x.mutable_data_ptr()) : nullptr; }
-
-std::optional<Tensor> if_defined(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
-
-Tensor like(const Tensor& grad, const Tensor& x) { return grad.defined() ? grad.to(x.scalar_type()) : grad; }
-
-// The gradients that are needed, by operations that have derivatives.
-variable_list by_operations(const char* name, torch::jit::Stack&& stack, const c10::List<bool>& needed) {
-  stack.emplace_back(needed);
-  c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(&stack);
-  const auto found = stack.at(0).toTensorVector();
-  variable_list grads(needed.size());
-  size_t next = 0;
-  for (size_t i = 0; i < needed.size(); ++i) {
-    if (needed[i]) grads[i] = found.at(next++);
-  }
-  return grads;
-}
-
 // The tensors of a call, as the kernel reads them.
 struct NormArrays {
   torchcalc::Norm rows;  // first, for the others write into it

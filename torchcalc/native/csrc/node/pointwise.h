@@ -451,16 +451,14 @@ struct Backward : public KernelNode {
     }
     c10::List<std::optional<Tensor>> known;
     for (int k = 1; k < n + 2; ++k) {
-      known.push_back(arguments[k].defined() ? std::optional<Tensor>(arguments[k]) : std::nullopt);
+      known.push_back(if_defined(arguments[k]));
     }
     c10::List<bool> needed;
     for (int i = 0; i < n; ++i) needed.push_back(halved >= 0 || task_should_compute_output(static_cast<size_t>(i)));
-    static const c10::OperatorHandle operation =
-        c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::differentiable_backward", "");
-    torch::jit::Stack stack{
-        std::string(formula->name), g, std::move(known), c10::List<double>(at::ArrayRef<double>(numbers)), needed};
-    operation.callBoxed(&stack);
-    const std::vector<Tensor> found = stack.at(0).toTensorVector();
+    const std::vector<Tensor> found =
+        called("torchcalc_nodes::differentiable_backward",
+               {std::string(formula->name), g, std::move(known), c10::List<double>(at::ArrayRef<double>(numbers)), needed})
+            .toTensorVector();
     if (halved >= 0) return {at::cat(found, halved).to(dtypes[0])};
     variable_list grads(static_cast<size_t>(n));
     size_t next = 0;

@@ -129,13 +129,10 @@ struct CrossEntropyBackward : public KernelNode {
       if (Tensor grad = gpu_cross_entropy_gradient(g, x, target, weight, ways, statistics); grad.defined()) return {grad};
     }
     if (!plain || x.is_cuda()) {
-      static const c10::OperatorHandle operation =
-          c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::cross_entropy_backward", "");
-      torch::jit::Stack stack{
-          g, x, target, has_weight ? std::optional<Tensor>(weight) : std::nullopt, ways.ignored,
-          static_cast<int64_t>(ways.reduction), ways.smoothing, ways.z_loss};
-      operation.callBoxed(&stack);
-      return {stack.at(0).toTensor()};
+      return {called("torchcalc_nodes::cross_entropy_backward",
+                     {g, x, target, if_defined(weight), ways.ignored, static_cast<int64_t>(ways.reduction), ways.smoothing,
+                      ways.z_loss})
+                  .toTensor()};
     }
     Arrays arrays(x, target, weight, ways);
     arrays.rows.statistics = statistics.data_ptr();
@@ -259,11 +256,7 @@ struct SoftmaxBackward : public KernelNode {
       const at::AutoDispatchBelowADInplaceOrView guard;
       return {log ? at::_log_softmax_backward_data(g, y, dim, dtype) : at::_softmax_backward_data(g, y, dim, dtype)};
     }
-    static const c10::OperatorHandle operation =
-        c10::Dispatcher::singleton().findSchemaOrThrow("torchcalc_nodes::softmax_backward", "");
-    torch::jit::Stack stack{g, y, dim, log};
-    operation.callBoxed(&stack);
-    return {stack.at(0).toTensor()};
+    return {called("torchcalc_nodes::softmax_backward", {g, y, dim, log}).toTensor()};
   }
 };
 
