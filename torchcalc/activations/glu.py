@@ -60,7 +60,20 @@ def reglu_slope_b(a: Term) -> Term:
 
 
 _glu = pointwise("GLU", value, slope_a, slope_b)
-_glu_of_halves = of_halves(FORMULAS["GLU"], _glu)
+
+
+def _glu_by_chunks(input: Tensor, dim: int) -> Tensor:
+    if input.dim() == 0:
+        raise RuntimeError("glu does not support scalars because halving size must be even")
+    if not input.is_floating_point():
+        return F.glu(input, dim)  # refuses
+    if (size := input.size(dim)) % 2:
+        at = dim % input.dim()
+        raise RuntimeError(f"Halving dimension must be even, but dimension {at} is size {size}")
+    return _glu(*input.chunk(2, dim))
+
+
+_glu_of_halves = of_halves(FORMULAS["GLU"], _glu_by_chunks)
 _swiglu = gate("SwiGLU", silu.value, silu.slope)
 _geglu = gate("GEGLU", gelu.value, gelu.slope)
 _geglu_tanh = gate("GEGLUTanh", gelu.tanh_value, gelu.tanh_slope)
@@ -88,13 +101,6 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     >>> glu(torch.tensor([3.0, 4.0, 0.0, 100.0]))
     tensor([1.5000, 4.0000])
     """
-    if input.dim() == 0:
-        raise RuntimeError("glu does not support scalars because halving size must be even")
-    if not input.is_floating_point():
-        return F.glu(input, dim)  # refuses
-    if (size := input.size(dim)) % 2:
-        at = dim % input.dim()
-        raise RuntimeError(f"Halving dimension must be even, but dimension {at} is size {size}")
     return _glu_of_halves(input, dim)
 
 

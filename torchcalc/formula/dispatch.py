@@ -66,14 +66,14 @@ def elementwise(formula: Formula, reference: Callable[..., Tensor]) -> Callable[
 
 
 def of_halves(formula: Formula, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function of two inputs, of the halves of one tensor along a dimension: (input, dim, *parameters)."""
+    """The formula of the halves of one tensor along a dimension: (input, dim, *parameters), which is the function elsewhere."""
 
     def apply(input: Tensor, dim: int, *numbers: float) -> Tensor:
         if not torch.compiler.is_compiling() and (place := kernels.index(formula)) >= 0:
             y: Tensor | None = kernels.of_halves(place, input, dim, *numbers)
             if y is not None:
                 return y
-        return function(*input.chunk(2, dim), *numbers)
+        return function(input, dim, *numbers)
 
     return apply
 

@@ -562,6 +562,7 @@ std::optional<Tensor> in_place(int64_t place, const Tensor& x, at::ArrayRef<doub
 std::optional<Tensor> of_halves(int64_t place, const Tensor& x, int64_t dim, at::ArrayRef<double> numbers) {
   const Formula& formula = table->formulas[place];
   if (!x.is_cpu() || !is_plain(x) || formula.inputs != 2 || formula.joint.of_float == nullptr) return std::nullopt;
+  if (dim < 0 || dim >= x.dim() || x.size(dim) % 2 != 0) return std::nullopt;
   Tensor out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
