@@ -44,6 +44,14 @@ def test_every_argument_is_explained(short, name):
     assert [argument for argument, text in docstrings.arguments(value).items() if not text] == []
 
 
+@pytest.mark.parametrize(("short", "name"), [each for each in CALLABLE if not inspect.isclass(value_of(*each))])
+def test_the_page_of_a_function_shows_every_argument(short, name):
+    """A module's page has a table that gathers them; a function's shows its docstring alone."""
+    value = value_of(short, name)
+    shown = docstrings.entries(value.__doc__)
+    assert [each for each in inspect.signature(value).parameters if not each.startswith("_") and each not in shown] == []
+
+
 @every_public_name
 def test_errors_are_explained(short, name):
     """What its own lines raise; a class's are those of its constructor."""
@@ -73,9 +81,11 @@ def test_source_is_named(name):
     assert re.search(r"References?:|arXiv:|doi:|as ``torch\.|by the textbook|as the textbook", text)
 
 
-def test_every_elementwise_function_and_optimizer_has_a_figure():
-    elementwise = {f"activations/{path.stem}" for path in (ROOT / "torchcalc/activations").glob("*.py")}
-    assert elementwise - {"activations/__init__", "activations/inplace", "activations/glu"} <= set(figures.CURVES)
+def test_every_function_and_optimizer_has_a_figure():
+    linear = {"layers/linear", "layers/embedding", "layers/dropout"}  # whose slopes are constants
+    pages = {file.uri.removeprefix("reference/").removesuffix(".md") for file in public.files() if file.functions}
+    families = ("activations/", "layers/", "losses/")
+    assert {page for page in pages if page.startswith(families)} - linear == set(figures.CURVES)
     assert set(figures.SETTINGS) == OPTIMIZERS
 
 
@@ -150,6 +160,16 @@ def test_ratios_are_the_readmes():
     rows = ratios.ratios(["tanh"])
     assert re.search(r"^\| tanh \|( [\d.]+ \|){4}$", rows, re.MULTILINE)
     assert "silu |" not in rows
+
+
+def test_the_prose_of_the_benchmarks_names_what_is_short_of_stock():
+    """Each row below 0.97, in the paragraph of its machine: by name and number."""
+    cpu, gpu = (text for text in ratios.TABLES.read_text().split("\n\n") if "Short of stock" in text)
+    short = ratios.slower(0.97)
+    assert len(short) > 5
+    for machine, label, ratio in short:
+        text = gpu if "H100" in machine else cpu
+        assert re.search(rf"\b{re.match('[a-z_]+', label)[0]}\b", text) and f"{ratio:.2f}" in text, (label, ratio)
 
 
 @pytest.mark.slow
