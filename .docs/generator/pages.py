@@ -65,7 +65,8 @@ def page(file: PublicFile) -> str:
         parts.append(
             f"Rows of benchmarks/README.md, stock time / ours; it says on which machine and when.\n\n{measured}"
             if measured
-            else "benchmarks/README.md has no row of it. `python -m benchmarks` and `python -m benchmarks functions` measure."
+            else "No ratio is recorded: benchmarks/README.md has no row of it. `python -m benchmarks functions` measures "
+            "functions, `python -m benchmarks` the steps of optimizers."
         )
     parts += ["## The file", f'??? note "`{file.path}`"\n\n' + code(file)]
     return "\n\n".join(parts) + "\n"
