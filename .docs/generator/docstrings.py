@@ -142,4 +142,8 @@ def table(value: Any) -> str:
         default = parameters[name].default
         shown = "" if default is inspect.Parameter.empty else f"`{default!r}`"
         rows.append(f"| `{name}` | {shown} | {linked(prose(text)) if text else ''} |")
-    return f"Arguments of `{value.__name__}`:\n\n" + "\n".join(rows) if len(rows) > 2 else f"`{value.__name__}` takes no arguments."
+    return (
+        f"Arguments of `{value.__name__}`:\n\n" + "\n".join(rows)
+        if len(rows) > 2
+        else f"`{value.__name__}` takes no arguments."
+    )

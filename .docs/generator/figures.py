@@ -94,7 +94,7 @@ CURVES: dict[str, list[Curve]] = {
     ],
     "layers/rms_norm": [("rms_norm of x, 1", _row(f.rms_norm, 1.0, normalized_shape=[2]), -5, 5, "x")],
     "layers/add_rms_norm": [
-        ("add_rms_norm of x, 1 and 0, 0", _row(lambda rows: f.add_rms_norm(rows, torch.zeros_like(rows), [2])[0], 1.0), -5, 5, "x"),
+        ("add_rms_norm of x, 1 and 0, 0", _row(lambda x: f.add_rms_norm(x, torch.zeros_like(x), [2])[0], 1.0), -5, 5, "x"),
     ],
     "layers/layer_norm": [("layer_norm of x, -1, 1", _row(f.layer_norm, -1.0, 1.0, normalized_shape=[3]), -5, 5, "x")],
     "layers/group_norm": [("group_norm of x, -1, 1, one group", _row(f.group_norm, -1.0, 1.0, num_groups=1), -5, 5, "x")],

@@ -17,7 +17,7 @@ from generator.pages import LIMITS
 
 import torchcalc
 from tests.test_completeness import OPTIMIZERS
-from torchcalc import functional, optim
+from torchcalc import calculus, convergence, functional, optim
 from torchcalc.convergence import stability_limit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,19 +49,31 @@ def test_the_page_of_a_function_shows_every_argument(short, name):
     """A module's page has a table that gathers them; a function's shows its docstring alone."""
     value = value_of(short, name)
     shown = docstrings.entries(value.__doc__)
-    assert [each for each in inspect.signature(value).parameters if not each.startswith("_") and each not in shown] == []
+    assert [
+        each for each in inspect.signature(value).parameters if not each.startswith("_") and each not in shown
+    ] == []
+
+
+def raises(function, calls: int = 1) -> bool:
+    """Whether its own lines raise, or those of what they call in this package."""
+    function = inspect.unwrap(function)
+    if not inspect.isfunction(function) or function.__code__.co_filename == "<string>":  # a dataclass's
+        return False
+    nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+    if any(isinstance(node, ast.Raise) and node.exc is not None for node in nodes):
+        return True
+    called = (node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+    known = (function.__globals__.get(name) for name in called)
+    ours = (each for each in known if inspect.isfunction(each) and each.__module__.startswith("torchcalc."))
+    return calls > 0 and any(raises(each, calls - 1) for each in ours)
 
 
 @every_public_name
 def test_errors_are_explained(short, name):
-    """What its own lines raise; a class's are those of its constructor."""
+    """What its own lines raise and those that they call; a class's are those of its constructor."""
     value = value_of(short, name)
     of = value.__dict__.get("__init__") if inspect.isclass(value) else value
-    if of is None or inspect.unwrap(of).__code__.co_filename == "<string>":  # a dataclass's
-        return
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(of))))
-    raised = any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(tree))
-    if raised and short != "nn":  # a module's are its function's and torch's
+    if raises(of) and short != "nn":  # a module's are its function's and torch's
         assert re.search(r"^\s*Raises( \(when called\))?[:,]", value.__doc__ or "", re.MULTILINE)
 
 
@@ -73,10 +85,20 @@ def test_shapes_and_dtypes_are_said(name):
     assert "dtype" in args
 
 
-@pytest.mark.parametrize("name", [*functional.__all__, *sorted(OPTIMIZERS)])
-def test_source_is_named(name):
+@pytest.mark.parametrize("name", [*calculus.__all__, *convergence.__all__])
+def test_shapes_are_said_of_what_takes_tensors(name):
+    value = getattr(calculus, name, None) or getattr(convergence, name)
+    if inspect.isfunction(value) and re.search("Tensor|Callable|Function", str(inspect.signature(value))):
+        assert re.search(r"shape|scalar|0-d|one element|\blike\b|\bnumber\b|\(n,\)", value.__doc__), name
+
+
+SOURCED = [each for each in CALLABLE if each[0] in ("functional", "calculus", "convergence") or each[1] in OPTIMIZERS]
+
+
+@pytest.mark.parametrize(("short", "name"), SOURCED)
+def test_source_is_named(short, name):
     """A paper in its docstring or its file's; where there is none to name, torch's function of that name."""
-    value = getattr(functional, name, None) or getattr(optim, name)
+    value = value_of(short, name)
     text = value.__doc__ + sys.modules[value.__module__].__doc__
     assert re.search(r"References?:|arXiv:|doi:|as ``torch\.|by the textbook|as the textbook", text)
 

@@ -76,8 +76,8 @@ class Adam(Optimizer):
     """Adam: a drop-in for ``torch.optim.Adam``.
 
     Args:
-        betas: (β₁, β₂), both in [0, 1), both floats or both 1-element tensors: what the means of the gradient and of its square keep
-            at each step; nearer to 1, they forget more slowly and are smoother.
+        betas: (β₁, β₂), both in [0, 1), both floats or both 1-element tensors: what the means of the gradient and of its square
+            keep at each step; nearer to 1, they forget more slowly and are smoother.
         eps: ε >= 0, what the step is measured against where gradients are tiny.
         weight_decay: λ >= 0, pulls each weight towards 0 by λ·p, as a part of its gradient.
         amsgrad: divide by the largest v so far, so that no step grows because v has shrunk.

@@ -56,8 +56,8 @@ class Adamax(Optimizer):
     """Adamax: a drop-in for ``torch.optim.Adamax``.
 
     Args:
-        betas: (β₁, β₂), both in [0, 1): what the mean of the gradient and its largest size keep at each step; nearer to 1, they forget
-            more slowly.
+        betas: (β₁, β₂), both in [0, 1): what the mean of the gradient and its largest size keep at each step; nearer to 1,
+            they forget more slowly.
         eps: ε >= 0, keeps the step finite where gradients are tiny.
         weight_decay: λ >= 0, pulls each weight towards 0 by λ·p, as a part of its gradient.
 
