@@ -165,6 +165,8 @@ def test_optimizers_without_a_limit_have_none():
         ("P^-½HP^-½", "<i>P</i><sup>-½</sup>HP<sup>-½</sup>"),
         ("Hv_k·v_{k+1}", "<i>H</i><i>v</i><sub><i>k</i></sub>·<i>v</i><sub><i>k</i>+1</sub>"),
         ("max_norm < 1", "max_norm &lt; 1"),
+        ("e^βx/β", "<i>e</i><sup><i>β</i><i>x</i></sup>/<i>β</i>"),
+        ("(Jg)_k·ℓ_i", "(Jg)<sub><i>k</i></sub>·<i>ℓ</i><sub><i>i</i></sub>"),
     ],
 )
 def test_formula(text, html):
@@ -176,6 +178,24 @@ def test_text_leads_to_its_equations():
     assert "[(1)](#eq-1) and (3)" in made
     assert 'id="eq-1"' in made
     assert "https://arxiv.org/abs/1606.08415" in made
+
+
+def test_who_found_it_is_no_part_of_the_formula():
+    name, what, rest = mathematics.title("Softplus:  y = log(1 + x).     Dugas, Bengio 2001\n\nDerivation.")
+    assert (name, what) == ("Softplus", "y = log(1 + x)")
+    assert rest == "Derivation.\n\nReference: Dugas, Bengio 2001."
+
+
+def test_a_row_of_a_table_goes_on_in_the_next_line():
+    assert "| a | one two |\n| b | three |" in mathematics.markdown(
+        "====  ====\na     one\n      two\nb     three\n====  ===="
+    )
+
+
+def test_each_error_and_each_argument_has_a_line():
+    doc = docstrings.one_error_a_line("X.\n\nRaises:\n    TypeError: of a. ValueError: of b.\n")
+    assert "TypeError: of a.\n    ValueError: of b." in doc
+    assert "    a: both.\n    b: both." in docstrings.apart("X.\n\nArgs:\n    a, b: both.\n")
 
 
 def test_ratios_are_the_readmes():
