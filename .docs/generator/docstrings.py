@@ -88,11 +88,11 @@ def linked(doc: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def entries(doc: str | None) -> dict[str, str]:
-    """Argument to its explanation, of the sections Args and Attributes of a docstring."""
+def entries(doc: str | None, sections: str = "Args|Attributes|Parameters") -> dict[str, str]:
+    """Argument to its explanation, of these sections of a docstring."""
     found: dict[str, str] = {}
     for section in re.finditer(
-        r"^(?:Args|Attributes|Parameters):\n(.*?)(?=^\S|\Z)", inspect.cleandoc(doc or ""), re.MULTILINE | re.DOTALL
+        rf"^(?:{sections}):\n(.*?)(?=^\S|\Z)", inspect.cleandoc(doc or ""), re.MULTILINE | re.DOTALL
     ):
         for entry in _ENTRY.finditer(section[1]):
             for name in entry[2].replace("*", "").split(", "):
@@ -109,13 +109,16 @@ def arguments(value: Any) -> dict[str, str]:
     if inspect.isclass(value):
         for parent in reversed(value.__mro__[1:]):
             if parent.__module__.startswith("torch.nn"):
-                told.update({name: _without_rst(text) for name, text in entries(parent.__doc__).items()})
+                told.update({name: _without_rst(text) for name, text in entries(parent.__doc__, "Args").items()})
             elif parent.__module__.startswith("torchcalc."):
                 told.update(entries(parent.__doc__))
     for role in ROLE.finditer(value.__doc__ or ""):
         if (full := targets().get(role[2])) and not full.endswith("." + value.__name__):
             module, _, name = full.rpartition(".")
-            told.update(entries(getattr(importlib.import_module(module), name).__doc__))
+            function = getattr(importlib.import_module(module), name)
+            told.update(
+                {name: text for name, text in entries(function.__doc__).items() if _same(name, value, function)}
+            )
     own = entries(value.__doc__)
     told.update(
         {name: text for name, text in own.items() if not (name in told and text.startswith(("of :", "as for :")))}
@@ -128,8 +131,15 @@ def arguments(value: Any) -> dict[str, str]:
     return {name: told.get(name, "") for name in names}
 
 
+def _same(name: str, value: Any, function: Any) -> bool:
+    """Whether an argument means the same of both: bias is a tensor of a function, and of a module whether there is one."""
+    ours, theirs = (inspect.signature(each).parameters.get(name) for each in (value, function))
+    return not (ours and theirs and isinstance(ours.default, bool) and not isinstance(theirs.default, bool))
+
+
 def _without_rst(text: str) -> str:
-    """torch's explanations are reStructuredText."""
+    """The first sentence of torch's explanations, which are reStructuredText."""
+    text = re.split(r"(?<=[a-z`)])\. (?=[A-Z`])", text)[0].rstrip(".") + "."
     text = re.sub(r":(?:attr|class|func|math|meth):`+~?([^`]*)`+", r"``\1``", text)
     return re.sub(r"(?<!`)``?([^`]+)``?(?!`)", r"``\1``", text)
 

@@ -44,6 +44,11 @@ def test_every_argument_is_explained(short, name):
     assert [argument for argument, text in docstrings.arguments(value).items() if not text] == []
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "Linear", "LinearCrossEntropyLoss"])
+def test_the_bias_of_a_module_is_whether_it_has_one(name):
+    assert re.search("learn", docstrings.arguments(getattr(torchcalc.nn, name))["bias"])
+
+
 @pytest.mark.parametrize(("short", "name"), [each for each in CALLABLE if not inspect.isclass(value_of(*each))])
 def test_the_page_of_a_function_shows_every_argument(short, name):
     """A module's page has a table that gathers them; a function's shows its docstring alone."""
