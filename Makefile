@@ -68,8 +68,9 @@ bench-cuda: ## stock and torchcalc side by side on a GPU, likewise
 gallery: $(VENV)/.built ## the README's pictures: runs three recipes, photographs TensorBoard with Chromium
 	$(BIN)/python -m recipes.gallery $(ARGS)
 
+# Not --quiet: it hides the warnings from --strict, too.
 docs: $(VENV)/.built ## the documentation, from the docstrings: build/docs/index.html; what mkdocs warns of is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file .docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file .docs/mkdocs.yml
 	@echo build/docs/index.html
 
 wheel: $(VENV)/.installed ## dist/torchcalc-*.whl, with the kernels for this platform

@@ -46,6 +46,12 @@ def test_other_torch_has_its_own_environment_and_pin():
     assert ".venv/" not in planned
 
 
+def test_a_warning_of_mkdocs_is_an_error():
+    """With --quiet it would not be: --strict then sees none."""
+    (command,) = (line for line in make("--dry-run", "docs").splitlines() if "mkdocs" in line)
+    assert "--strict" in command and "--quiet" not in command
+
+
 def test_kernels_are_built_again_where_a_source_or_a_formula_is_newer():
     rules = make("--print-data-base", "--dry-run", "help")
     needed = set(re.search(r"^\.venv/\.built: (.+)$", rules, flags=re.MULTILINE)[1].split())

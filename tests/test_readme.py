@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from generator import ratios
 
 import torchcalc
 
@@ -12,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 INDEX = (ROOT / "torchcalc" / "README.md").read_text()
 SWAP = (ROOT / ".docs" / "pages" / "guides" / "swap.md").read_text()
-PAGES = {path: path.read_text() for path in (ROOT / name / "README.md" for name in (".", "benchmarks", "torchcalc"))}
+FILES = [*(ROOT / name / "README.md" for name in (".", "benchmarks", "torchcalc")), ROOT / "CONTRIBUTING.md"]
+PAGES = {path: path.read_text() for path in FILES}
 BLOCKS = re.findall(r"^```python\n(.+?)^```", README, flags=re.MULTILINE | re.DOTALL)
 LIGHTNING = re.search(r"^\*\*In Lightning\*\*.+?^```python\n(.+?)^```", SWAP, flags=re.MULTILINE | re.DOTALL)[1]
 
@@ -48,21 +50,44 @@ def test_swapping_the_import_back_learns_the_same(block, learnt):
         assert p.grad is not None
 
 
-def test_the_report_is_as_shown():
-    names = run(BLOCKS[1])
-    shown = re.search(r"^```text\n(.+?)^```", README, flags=re.MULTILINE | re.DOTALL)[1]
-    lines = str(names["report"]).splitlines()
-    for line in shown.splitlines():
-        assert any(each.startswith(line.removesuffix("...")) for each in lines), line
-    assert len(lines) < 60  # one screen
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(names["SiLU"].apply, x)
+def test_every_snippet_is_run():
+    """By the test above; what else has Python is in the documentation, whose pages test_pages.py runs."""
+    assert len(BLOCKS) == 1
+    assert [path for path, text in PAGES.items() if "```python" in text] == [ROOT / "README.md"]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 80
+
+
+def anchors(path: Path) -> set[str]:
+    """What a page's headings are called in links, as GitHub and mkdocs do it."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def test_links_lead_somewhere():
-    links = [(path, link) for path, text in PAGES.items() for link in re.findall(r"\]\(([^)#]+)\)", text)]
+    links = [(path, link) for path, text in PAGES.items() for link in re.findall(r"\]\(([^)]+)\)", text)]
     assert len(links) > 50
-    assert [link for path, link in links if not (path.parent / link).exists()] == []
+    for path, link in links:
+        file, _, anchor = link.partition("#")
+        if not file.startswith("https://"):
+            place = path.parent / file if file else path
+            assert place.exists(), (path, link)
+            assert not anchor or anchor in anchors(place), (path, link)
+
+
+def test_ratios_are_those_of_the_benchmarks():
+    """Each number stands, rounded to as many digits, in a row of benchmarks/README.md that is about the same."""
+    table = README.partition("| an H100 |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    rows = [row for _, _, rows in ratios.tables() for row in rows]
+    for line in table.splitlines():
+        label, *cells = line.strip("| ").split(" | ")
+        names = set(re.findall(r"[A-Za-z_]{4,}", label)) - {"against", "elements", "fused", "with"}
+        about = " ".join(" ".join(row[1:]) for row in rows if names & set(re.findall(r"\w+", row[0])))
+        measured = [float(n) for n in re.findall(r"\d+\.\d+", about)]
+        for number in re.findall(r"(?<![\d.,])\d+\.\d+", "; ".join(cells)):
+            assert any(round(each, 1) == float(number) or each == float(number) for each in measured), (label, number)
 
 
 def test_every_public_function_and_optimizer_is_in_the_table():
@@ -71,16 +96,12 @@ def test_every_public_function_and_optimizer_is_in_the_table():
     assert set(torchcalc.functional.__all__) | set(torchcalc.optim.__all__) - internal <= set(table)
 
 
-def test_make_targets_exist():
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert set(re.findall(r"`?make ([a-z-]+)", re.sub(r"make \.venv", "", README))) <= set(targets)
-
-
 @pytest.mark.usefixtures("in_empty_folder")
 def test_settings_named_are_accepted():
     from recipes.digits import main
 
-    settings = re.search(r'make train ARGS="(.+?)"', README)[1].split()
-    with pytest.raises(SystemExit) as end:
-        main([*settings, "--print_config"])
-    assert end.value.code == 0
+    guide = (ROOT / ".docs" / "pages" / "guides" / "dashboard.md").read_text()
+    for settings in re.findall(r'make train ARGS="(.+?)"', README + guide):
+        with pytest.raises(SystemExit) as end:
+            main([*settings.split(), "--print_config"])
+        assert end.value.code == 0

@@ -29,11 +29,53 @@ def _against(loss: Callable[..., Tensor], target: float, *more: float, **options
     )
 
 
+def _row(function: Callable[..., Tensor], *others: float, **options: Any) -> Callable[[Tensor], Tensor]:
+    """The first element of a row function, as a function of that element; the others are fixed."""
+
+    def first(x: Tensor) -> Tensor:
+        rows = torch.stack([x, *(torch.full_like(x, v) for v in others)], -1)
+        return function(rows, **options)[..., 0]
+
+    return first
+
+
+def _classes(loss: Callable[..., Tensor], target: int) -> Callable[[Tensor], Tensor]:
+    """A loss of three classes as a function of the first one's logit; the others are 0."""
+
+    def of_logit(x: Tensor) -> Tensor:
+        logits = torch.stack([x, torch.zeros_like(x), torch.zeros_like(x)], -1)
+        return loss(logits, torch.full(x.shape, target), reduction="none")
+
+    return of_logit
+
+
+def _linear_cross_entropy(x: Tensor) -> Tensor:
+    weights = torch.tensor([[1.0], [0.0], [0.0]], dtype=x.dtype)
+    return f.linear_cross_entropy(x[:, None], weights, torch.zeros(x.shape, dtype=torch.long), reduction="none")
+
+
+def _attention(query: Tensor) -> Tensor:
+    pair = torch.tensor([[1.0], [-1.0]], dtype=query.dtype)
+    return f.scaled_dot_product_attention(query[:, None], pair, pair)[:, 0]
+
+
+def _mlp(gated: bool) -> Callable[[Tensor], Tensor]:
+    """A block of one hidden unit, of weights 1 and without biases."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return lambda x: (f.gated_mlp(x[:, None], one, one, one) if gated else f.mlp(x[:, None], one, one))[:, 0]
+
+
 #: By the page's name: label, function, from, to, what x is.
 CURVES: dict[str, list[Curve]] = {
     "activations/abs": [("abs", f.abs, -3, 3, "x")],
     "activations/elu": [("elu", f.elu, -4, 4, "x")],
     "activations/exp": [("exp", f.exp, -3, 2, "x")],
+    "activations/glu": [
+        ("glu, a = 1", lambda b: f.glu(torch.stack([torch.ones_like(b), b]), 0)[0], -6, 6, "b"),
+        ("swiglu, b = 1", lambda a: f.swiglu(a, torch.ones_like(a)), -6, 6, "a"),
+        ("geglu, b = 1", lambda a: f.geglu(a, torch.ones_like(a)), -4, 4, "a"),
+        ("reglu, b = 1", lambda a: f.reglu(a, torch.ones_like(a)), -4, 4, "a"),
+    ],
     "activations/gelu": [("gelu", f.gelu, -4, 4, "x"), ("gelu, tanh", partial(f.gelu, approximate="tanh"), -4, 4, "x")],
     "activations/leaky_relu": [("leaky_relu", partial(f.leaky_relu, negative_slope=0.1), -4, 4, "x")],
     "activations/log": [("log", f.log, 0.3, 4, "x")],
@@ -46,6 +88,26 @@ CURVES: dict[str, list[Curve]] = {
     "activations/softplus": [("softplus", f.softplus, -6, 6, "x")],
     "activations/square": [("square", f.square, -2, 2, "x")],
     "activations/tanh": [("tanh", f.tanh, -4, 4, "x")],
+    "layers/softmax": [
+        ("softmax of x, 0, 0", _row(f.softmax, 0.0, 0.0, dim=-1), -6, 6, "x"),
+        ("log_softmax of x, 0, 0", _row(f.log_softmax, 0.0, 0.0, dim=-1), -6, 6, "x"),
+    ],
+    "layers/rms_norm": [("rms_norm of x, 1", _row(f.rms_norm, 1.0, normalized_shape=[2]), -5, 5, "x")],
+    "layers/add_rms_norm": [
+        ("add_rms_norm of x, 1 and 0, 0", _row(lambda x: f.add_rms_norm(x, torch.zeros_like(x), [2])[0], 1.0), -5, 5, "x"),
+    ],
+    "layers/layer_norm": [("layer_norm of x, -1, 1", _row(f.layer_norm, -1.0, 1.0, normalized_shape=[3]), -5, 5, "x")],
+    "layers/group_norm": [("group_norm of x, -1, 1, one group", _row(f.group_norm, -1.0, 1.0, num_groups=1), -5, 5, "x")],
+    "layers/attention": [("two keys and values, 1 and -1", _attention, -4, 4, "query")],
+    "layers/mlp": [
+        ("mlp of one unit, gelu", _mlp(False), -4, 4, "x"),
+        ("gated_mlp of one unit, silu", _mlp(True), -4, 4, "x"),
+    ],
+    "losses/cross_entropy": [
+        ("its logit, the others 0", _classes(f.cross_entropy, 0), -6, 6, "logit of the target"),
+        ("another's logit, the others 0", _classes(f.cross_entropy, 1), -6, 6, "logit of another class"),
+    ],
+    "losses/linear_cross_entropy": [("weights 1, 0, 0; target the first", _linear_cross_entropy, -6, 6, "input")],
     "losses/mse": [("mse_loss", _against(f.mse_loss, 0), -2, 2, "input - target")],
     "losses/l1": [("l1_loss", _against(f.l1_loss, 0), -3, 3, "input - target")],
     "losses/huber": [("huber_loss, delta = 1", _against(f.huber_loss, 0), -3, 3, "input - target")],
@@ -77,13 +139,16 @@ def derivatives(curve: Curve, points: int = 401) -> tuple[Tensor, Tensor, Tensor
 
 def curves(page: str) -> str:
     """An SVG of the curves of a page."""
-    figure = Figure(figsize=(4.2 * len(CURVES[page]) + 0.6, 3.3), layout="constrained")
-    for ax, curve in zip(figure.subplots(1, len(CURVES[page]), squeeze=False)[0], CURVES[page], strict=True):
+    rows, columns = (len(CURVES[page]) + 1) // 2, min(2, len(CURVES[page]))
+    figure = Figure(figsize=(4.2 * columns + 0.6, 3.3 * rows), layout="constrained")
+    # Curves may coincide, as those of exp do: the wide, the narrow and the dashed one show above each other.
+    lines = ((BLUE, "f", 3.4, "-"), (ORANGE, "f′", 1.9, "-"), (GREEN, "f″", 1.4, (0, (3, 1.5))))
+    for ax, curve in zip(figure.subplots(rows, columns, squeeze=False).flat, CURVES[page], strict=True):
         x, *values = derivatives(curve)
-        for y, colour, label in zip(values, (BLUE, ORANGE, GREEN), ("f", "f′", "f″"), strict=True):
+        for y, (colour, label, width, style) in zip(values, lines, strict=True):
             jump = y.diff().abs() > max(0.2, 0.1 * float(y.max() - y.min()))  # no line from one side of it to the other
             y = torch.where(torch.cat([jump, jump[:1] & False]), torch.nan, y)
-            ax.plot(x, y, color=colour, label=label, linewidth=1.8)
+            ax.plot(x, y, color=colour, label=label, linewidth=width, linestyle=style)
         ax.axhline(0, color="#BBBBBB", linewidth=0.6, zorder=0)
         ax.set(title=curve[0], xlabel=curve[4])
         ax.grid(color="#EEEEEE")

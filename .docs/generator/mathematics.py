@@ -12,13 +12,13 @@ import re
 
 from generator.public import ROLE, link
 
-__all__ = ["formula", "markdown", "papers", "prose", "title"]
+__all__ = ["formula", "inline", "markdown", "papers", "prose", "title"]
 
 _GROUP = r"(?:\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\})"
-_POWER = re.compile(rf"\^({_GROUP}|[-−]?(?:½|\d+|\|\w\||[^\W\d_])'?)")
+_POWER = re.compile(rf"\^({_GROUP}|[-−]?(?:½|\d+|\|\w\||[^\W\d_]+)'?)")  # e^βx has βx in its exponent
 _INDEX = re.compile(rf"_({_GROUP}|[A-Za-z0-9Ͱ-Ͽ]+)")
 _INLINE = re.compile(
-    rf"(?<![\w`])[^\W\d_][\u0300-\u036f]?_(?:{_GROUP}|[ijkn]{{2}}|\w)(?![\w(])|(?<=[\w)])\^{_GROUP}|\b[^\W\d_]\^[-−]?\w\b|(?<=[\w)|])\^(?:[-−]?½|[a-z]\b)|\b[^\W\d_]\^-\|\w\|"
+    rf"(?<![\w`])[^\W\d_][\u0300-\u036f]?_(?:{_GROUP}|[ijkn]{{2}}|\w)(?![\w(])|(?<=[\w)])\^{_GROUP}|\b[^\W\d_]\^[-−]?\w\b|(?<=[\w)|])\^(?:[-−]?½|[a-z]\b)|\b[^\W\d_]\^-\|\w\||(?<=\))_[ijkn]{{1,2}}\b"
 )
 _NUMBERED = re.compile(r"^(?=.{80}|.*\s{2,}\(\d+'?\)\s*\.?$)(.*?)\s+\((\d+'?)\)\s*\.?$")
 _CODE = re.compile(r"(``[^`]+``|`[^`]+`|:\w+:`[^`]+`)")
@@ -33,7 +33,7 @@ def formula(text: str) -> str:
             out.append(f"<sup>{formula(_bare(found[1]))}</sup>")
         elif text[at] == "_" and base and (found := _INDEX.match(rest)):
             out.append(f"<sub>{formula(_bare(found[1]))}</sub>")
-        elif found := re.match(r"[A-Za-zȦͰ-ϿḀ-ỿ]+", rest):  # Ȧ, Ṡ and their like are tangents
+        elif found := re.match(r"[A-Za-zȦͰ-ϿḀ-ỿℓ]+", rest):  # Ȧ, Ṡ and their like are tangents
             word = found[0]
             base = len(word) == 1
             product = bool(re.match("[A-Z][a-z]_", rest))  # Hv_k, whose index is that of v
@@ -53,7 +53,7 @@ def formula(text: str) -> str:
             found = re.match(r".", rest)
             assert found
             out.append(html.escape(found[0]))
-            base = (base and "\u0300" <= found[0] <= "\u036f") or found[0] in "∂Σ"
+            base = (base and "\u0300" <= found[0] <= "\u036f") or found[0] in "∂Σ)"
         at += found.end()
     return "".join(out)
 
@@ -71,16 +71,26 @@ def prose(text: str, numbers: frozenset[str] = frozenset()) -> str:
 def _plain(text: str, numbers: frozenset[str]) -> str:
     pieces, at = [], 0
     for found in _INLINE.finditer(text):
-        pieces += [_escaped(text[at : found.start()], numbers), formula(found[0]) if "^" not in found[0][:1] else ""]
-        if found[0].startswith("^"):
-            pieces[-1] = f"<sup>{formula(_bare(found[0][1:]))}</sup>"
+        pieces += [_escaped(text[at : found.start()], numbers), _inline(found[0])]
         at = found.end()
     return "".join([*pieces, _escaped(text[at:], numbers)])
 
 
+def _inline(text: str) -> str:
+    """What _INLINE finds: a power or an index of what stands before it, or both parts."""
+    mark = {"^": "sup", "_": "sub"}.get(text[0])
+    return f"<{mark}>{formula(_bare(text[1:]))}</{mark}>" if mark else formula(text)
+
+
+def inline(text: str) -> str:
+    """A docstring's text with the mathematics in it set, but for its code."""
+    parts = enumerate(_CODE.split(text))
+    return "".join(part if i % 2 else _INLINE.sub(lambda found: _inline(found[0]), part) for i, part in parts)
+
+
 def _escaped(text: str, numbers: frozenset[str]) -> str:
     text = re.sub(r"([\\*_\[\]#|])", r"\\\1", html.escape(text, quote=False))
-    text = re.sub(r"(?<!\w)\\\*(\w+)\\\*(?!\w)", r"*\1*", text)  # emphasis
+    text = re.sub(r"(?<!\w)\\\*([A-Za-z][\w -]*)\\\*(?!\w)", r"*\1*", text)  # emphasis
     text = re.sub(r"\((\d+'?)\)", lambda n: f"[({n[1]})](#{anchor(n[1])})" if n[1] in numbers else n[0], text)
     return papers(text)
 
@@ -154,12 +164,12 @@ def _displayed(block: list[str], numbers: frozenset[str]) -> str:
 
 def _columns(text: str) -> str:
     """A line whose parts stand apart, such as a rule and its remark: those that are aligned in the text stay so."""
-    found = re.match(r"(\S.*?)\s{4,}(?=\S)", text)
-    if not found:
-        return formula(text)
-    return f'<span class="column" style="min-width:{found.end() / 2:g}em">{formula(found[1])}</span>' + formula(
-        text[found.end() :]
-    )
+    *parts, last = re.split(r"(?<=\S)(\s{4,})(?=\S)", text)
+    made = [
+        f'<span class="column" style="min-width:{(len(part) + len(gap)) / 2:g}em">{formula(part)}</span>'
+        for part, gap in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return "".join(made) + formula(last)
 
 
 def _fenced(block: list[str], numbers: frozenset[str]) -> str:
@@ -169,7 +179,8 @@ def _fenced(block: list[str], numbers: frozenset[str]) -> str:
 
 def _table(block: list[str], numbers: frozenset[str]) -> str:
     """A table of two columns in reStructuredText, between rules."""
-    rows = [re.split(r"\s{2,}", line, maxsplit=1) for line in block if not line.startswith("=")]
+    text = re.sub(r"\n\s+", " ", "\n".join(line for line in block if not line.startswith("=")))  # a row goes on
+    rows = [re.split(r"\s{2,}", line, maxsplit=1) for line in text.splitlines()]
     return "\n".join(["| | |", "|---|---|", *(f"| {prose(a)} | {prose(b)} |" for a, b in rows)])
 
 
@@ -189,4 +200,6 @@ def title(doc: str) -> tuple[str, str, str]:
     """(name, what it is in a formula, the rest) of a file's docstring."""
     first, _, rest = doc.partition("\n\n")
     name, colon, what = " ".join(first.split("\n")).partition(":  ")
+    if found := re.search(r"\.?\s{4,}(\S.* \d{4}.*)$", what):  # who found it, to the right of the formula
+        what, rest = what[: found.start()], f"{rest}\n\nReference: {found[1]}."
     return (name, what.strip(), rest) if colon else (first.rstrip("."), "", rest)

@@ -45,7 +45,7 @@ def page(file: PublicFile) -> str:
         parts.append(f'<div class="equations" markdown="0"><div><span>{formula(what.rstrip("."))}</span></div></div>')
     parts += pictured(file)
     if rest.strip():
-        heading = "Rule" if file.section == "Optimizers" else "Derivation" if file.section in FUNCTIONS else "About"
+        heading = "Rule" if is_optimizer(file) else "Derivation" if file.section in FUNCTIONS else "About"
         parts.append(f"## {heading}")
         parts.append(markdown(re.sub(r"^Derivation\.\s+", "", rest.strip("\n"), flags=re.MULTILINE)))
     if file.section in FUNCTIONS:
@@ -56,19 +56,25 @@ def page(file: PublicFile) -> str:
     for public in file.names:
         parts.append(f"::: {file.module}.{public}" + members(file, public))
         if inspect.isclass(file[public]) and issubclass(file[public], torch.nn.Module):
-            parts.append(f"Arguments of `{public}`:\n\n{table(file[public])}")
+            parts.append(table(file[public]))
     if file.section in FUNCTIONS:
         parts += twin(file)
-    if file.section in (*FUNCTIONS, "Optimizers"):
+    if file.section in FUNCTIONS or is_optimizer(file):
         measured = ratios(list(file.names))
         parts.append("## How fast")
         parts.append(
             f"Rows of benchmarks/README.md, stock time / ours; it says on which machine and when.\n\n{measured}"
             if measured
-            else "benchmarks/README.md has no row of it. `python -m benchmarks` and `python -m benchmarks functions` measure."
+            else "No ratio is recorded: benchmarks/README.md has no row of it. `python -m benchmarks functions` measures "
+            "functions, `python -m benchmarks` the steps of optimizers."
         )
-    parts += ["## The file", f'??? note "{file.path}"\n\n' + code(file)]
+    parts += ["## The file", f'??? note "`{file.path}`"\n\n' + code(file)]
     return "\n\n".join(parts) + "\n"
+
+
+def is_optimizer(file: PublicFile) -> bool:
+    """Whether it has a rule: not what optimizers are written with."""
+    return any(issubclass(file[name], optim.Optimizer) and file[name] is not optim.Optimizer for name in file.classes)
 
 
 def imported(section: str, modules: bool = True) -> str:

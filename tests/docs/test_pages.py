@@ -1,5 +1,6 @@
 """The documentation's written pages are true: their code runs and prints what they show, their commands exist."""
 
+import importlib.util
 import re
 import shlex
 import tomllib
@@ -17,7 +18,9 @@ from torchcalc.testing.__main__ import main as run_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {str(path.relative_to(snippets.PAGES)): path.read_text() for path in sorted(snippets.PAGES.rglob("*.md"))}
-README = {"README.md": (ROOT / "README.md").read_text()}  # whose Python has tests of its own
+#: Whose Python has tests of its own.
+FILES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "torchcalc/README.md")
+README = {name: (ROOT / name).read_text() for name in FILES}
 NUMBER = r"\d+(?:\.\d+)?"
 
 
@@ -41,14 +44,36 @@ def test_code_prints_what_is_shown(name, monkeypatch, tmp_path):
 
 
 COMMANDS = [(name, line) for name, block in all_blocks("sh") for line in block.splitlines()]
+RECIPES = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+PHRASES = [
+    (name, " ".join(words.split()))
+    for name, text in (PAGES | README).items()
+    for words in re.findall(r"(?<!`)`((?:make|python -m|PYTHONPATH=)\s[^`]+)`(?!`)", text)
+]
+
+
+def check_make(words: list[str]) -> None:
+    assert words[1] in TARGETS
+    variables = dict(word.split("=", 1) for word in words[2:])
+    assert variables.get("RECIPE", "digits") in RECIPES
+    assert set(variables) <= {"RECIPE", "ARGS", "TORCH", "PYTHON"}
+
+
+@pytest.mark.parametrize(("name", "line"), sorted(set(PHRASES)))
+def test_command_named_in_the_text_exists(name, line):
+    words = shlex.split(line)
+    if words[0] == "make":
+        check_make([word for word in words if word != "..."])
+    else:
+        assert importlib.util.find_spec(words[words.index("-m") + 1]) is not None
 
 
 @pytest.mark.parametrize(("name", "line"), COMMANDS, ids=[f"{name}: {line}" for name, line in COMMANDS])
 def test_command_works(name, line, capsys):
     words = shlex.split(line, comments=True)
     if words[0] == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-        assert words[1] in targets
+        check_make(words)
     elif words[:2] == ["pip", "install"]:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(words[2:]) <= {".", "--no-build-isolation", *(f".[{extra}]" for extra in extras)}

@@ -17,7 +17,7 @@ from generator.pages import LIMITS
 
 import torchcalc
 from tests.test_completeness import OPTIMIZERS
-from torchcalc import functional, optim
+from torchcalc import calculus, convergence, functional, optim
 from torchcalc.convergence import stability_limit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,16 +44,41 @@ def test_every_argument_is_explained(short, name):
     assert [argument for argument, text in docstrings.arguments(value).items() if not text] == []
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "Linear", "LinearCrossEntropyLoss"])
+def test_the_bias_of_a_module_is_whether_it_has_one(name):
+    assert re.search("learn", docstrings.arguments(getattr(torchcalc.nn, name))["bias"])
+
+
+@pytest.mark.parametrize(("short", "name"), [each for each in CALLABLE if not inspect.isclass(value_of(*each))])
+def test_the_page_of_a_function_shows_every_argument(short, name):
+    """A module's page has a table that gathers them; a function's shows its docstring alone."""
+    value = value_of(short, name)
+    shown = docstrings.entries(value.__doc__)
+    assert [
+        each for each in inspect.signature(value).parameters if not each.startswith("_") and each not in shown
+    ] == []
+
+
+def raises(function, calls: int = 1) -> bool:
+    """Whether its own lines raise, or those of what they call in this package."""
+    function = inspect.unwrap(function)
+    if not inspect.isfunction(function) or function.__code__.co_filename == "<string>":  # a dataclass's
+        return False
+    nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+    if any(isinstance(node, ast.Raise) and node.exc is not None for node in nodes):
+        return True
+    called = (node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+    known = (function.__globals__.get(name) for name in called)
+    ours = (each for each in known if inspect.isfunction(each) and each.__module__.startswith("torchcalc."))
+    return calls > 0 and any(raises(each, calls - 1) for each in ours)
+
+
 @every_public_name
 def test_errors_are_explained(short, name):
-    """What its own lines raise; a class's are those of its constructor."""
+    """What its own lines raise and those that they call; a class's are those of its constructor."""
     value = value_of(short, name)
     of = value.__dict__.get("__init__") if inspect.isclass(value) else value
-    if of is None or inspect.unwrap(of).__code__.co_filename == "<string>":  # a dataclass's
-        return
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(of))))
-    raised = any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(tree))
-    if raised and short != "nn":  # a module's are its function's and torch's
+    if raises(of) and short != "nn":  # a module's are its function's and torch's
         assert re.search(r"^\s*Raises( \(when called\))?[:,]", value.__doc__ or "", re.MULTILINE)
 
 
@@ -65,17 +90,29 @@ def test_shapes_and_dtypes_are_said(name):
     assert "dtype" in args
 
 
-@pytest.mark.parametrize("name", [*functional.__all__, *sorted(OPTIMIZERS)])
-def test_source_is_named(name):
+@pytest.mark.parametrize("name", [*calculus.__all__, *convergence.__all__])
+def test_shapes_are_said_of_what_takes_tensors(name):
+    value = getattr(calculus, name, None) or getattr(convergence, name)
+    if inspect.isfunction(value) and re.search("Tensor|Callable|Function", str(inspect.signature(value))):
+        assert re.search(r"shape|scalar|0-d|one element|\blike\b|\bnumber\b|\(n,\)", value.__doc__), name
+
+
+SOURCED = [each for each in CALLABLE if each[0] in ("functional", "calculus", "convergence") or each[1] in OPTIMIZERS]
+
+
+@pytest.mark.parametrize(("short", "name"), SOURCED)
+def test_source_is_named(short, name):
     """A paper in its docstring or its file's; where there is none to name, torch's function of that name."""
-    value = getattr(functional, name, None) or getattr(optim, name)
+    value = value_of(short, name)
     text = value.__doc__ + sys.modules[value.__module__].__doc__
     assert re.search(r"References?:|arXiv:|doi:|as ``torch\.|by the textbook|as the textbook", text)
 
 
-def test_every_elementwise_function_and_optimizer_has_a_figure():
-    elementwise = {f"activations/{path.stem}" for path in (ROOT / "torchcalc/activations").glob("*.py")}
-    assert elementwise - {"activations/__init__", "activations/inplace", "activations/glu"} <= set(figures.CURVES)
+def test_every_function_and_optimizer_has_a_figure():
+    linear = {"layers/linear", "layers/embedding", "layers/dropout"}  # whose slopes are constants
+    pages = {file.uri.removeprefix("reference/").removesuffix(".md") for file in public.files() if file.functions}
+    families = ("activations/", "layers/", "losses/")
+    assert {page for page in pages if page.startswith(families)} - linear == set(figures.CURVES)
     assert set(figures.SETTINGS) == OPTIMIZERS
 
 
@@ -133,6 +170,8 @@ def test_optimizers_without_a_limit_have_none():
         ("P^-½HP^-½", "<i>P</i><sup>-½</sup>HP<sup>-½</sup>"),
         ("Hv_k·v_{k+1}", "<i>H</i><i>v</i><sub><i>k</i></sub>·<i>v</i><sub><i>k</i>+1</sub>"),
         ("max_norm < 1", "max_norm &lt; 1"),
+        ("e^βx/β", "<i>e</i><sup><i>β</i><i>x</i></sup>/<i>β</i>"),
+        ("(Jg)_k·ℓ_i", "(Jg)<sub><i>k</i></sub>·<i>ℓ</i><sub><i>i</i></sub>"),
     ],
 )
 def test_formula(text, html):
@@ -146,10 +185,40 @@ def test_text_leads_to_its_equations():
     assert "https://arxiv.org/abs/1606.08415" in made
 
 
+def test_who_found_it_is_no_part_of_the_formula():
+    name, what, rest = mathematics.title("Softplus:  y = log(1 + x).     Dugas, Bengio 2001\n\nDerivation.")
+    assert (name, what) == ("Softplus", "y = log(1 + x)")
+    assert rest == "Derivation.\n\nReference: Dugas, Bengio 2001."
+
+
+def test_a_row_of_a_table_goes_on_in_the_next_line():
+    assert "| a | one two |\n| b | three |" in mathematics.markdown(
+        "====  ====\na     one\n      two\nb     three\n====  ===="
+    )
+
+
+def test_each_error_and_each_argument_has_a_line():
+    doc = docstrings.one_error_a_line("X.\n\nRaises:\n    TypeError: of a. ValueError: of b.\n")
+    assert "TypeError: of a.\n    ValueError: of b." in doc
+    assert "    a: both.\n    b: both." in docstrings.apart("X.\n\nArgs:\n    a, b: both.\n")
+
+
 def test_ratios_are_the_readmes():
     rows = ratios.ratios(["tanh"])
     assert re.search(r"^\| tanh \|( [\d.]+ \|){4}$", rows, re.MULTILINE)
     assert "silu |" not in rows
+
+
+def test_the_prose_of_the_benchmarks_names_what_is_short_of_stock():
+    """Each row below 0.97, in what is said of its machine beside the words "short of stock": by name and number."""
+    cpu, mark, gpu = ratios.TABLES.read_text().partition("On an H100")
+    assert mark
+    assert len(ratios.slower(100)) > 80
+    for machine, label, ratio in ratios.slower(0.97):
+        paragraphs = (gpu if "H100" in machine else cpu).split("\n\n")
+        text = "".join(each for each in paragraphs if "short of stock" in each.lower())
+        assert re.search(rf"\b{re.match('[a-z_]+', label)[0]}\b", text), (machine, label)
+        assert f"{ratio:.2f}" in text, (machine, label, ratio)
 
 
 @pytest.mark.slow

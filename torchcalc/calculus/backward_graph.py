@@ -12,6 +12,8 @@ Every operation of the forward pass leaves a node that knows how to multiply by 
 depends on. Backward visits the nodes from the loss to the leaves, each after all that use its output; the norm shown at
 a node is that of ∂L/∂y when it gets there: of what (2) has added up. A deep network trains where it neither vanishes
 nor explodes on the way.
+
+Reference: Griewank and Walther 2008, "Evaluating derivatives", doi:10.1137/1.9780898717761, chapter 3.
 """
 
 from __future__ import annotations

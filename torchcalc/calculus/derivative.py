@@ -25,6 +25,8 @@ A second derivative is right or raises, however the functions are nested: each i
 (``hessian_product.py``), and the result of an inner one has an edge to what f depends on, along which backward raises.
 No comparison is possible inside a transform of torch.func: there only the mark of ``once_differentiable`` is seen, and a
 Function that has no ``setup_context`` is refused.
+
+Reference: Griewank and Walther 2008, "Evaluating derivatives", doi:10.1137/1.9780898717761.
 """
 
 from __future__ import annotations

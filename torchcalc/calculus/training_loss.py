@@ -7,6 +7,8 @@ statistics), and the random numbers, torch's, Python's and NumPy's, are the same
 drawn from generators that stand afterwards where they stood before. So f is a function in the sense of mathematics, and
 its derivatives exist.
 Parameters are passed in, and gradients are those of what is passed: ``.grad`` is never touched.
+
+Reference: Vapnik 1991, "Principles of risk minimization for learning theory", NeurIPS 4.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def animate_paths(
         path: the file, ``*.gif``; its folder is made.
         frames: at most so many, >= 1, spread evenly over the steps of the longest path, the first and the last included.
             The last one is shown for two seconds.
-        frames_per_second: >= 1.
+        frames_per_second: at least 1.
         width: of the picture in inches.
         dpi: pixels per inch; 6 inches at 72 with 60 frames make some 500 kB.
 

@@ -73,7 +73,7 @@ def add_rms_norm(
         residual: likewise; of another shape or dtype where it can be added to input.
         normalized_shape: the sizes of the last dimensions, over which the mean is taken; at least one.
         weight: of shape ``normalized_shape``; None for 1.
-        eps: ≥ 0; None is ``torch.finfo(dtype).eps``, of float32 for float16 and bfloat16.
+        eps: added to the mean of squares, ≥ 0; None is ``torch.finfo(dtype).eps``, of float32 for float16 and bfloat16.
 
     Returns:
         Two tensors of the shape and dtype of the sum: normed, and the sum itself.

@@ -140,8 +140,8 @@ class Embedding(NotScripted, nn.Embedding):
     """Module of :func:`embedding`: parameters, initialisation and ``state_dict`` of ``torch.nn.Embedding``.
 
     Args:
-        num_embeddings: V.
-        embedding_dim: D.
+        num_embeddings: V, how many rows the table has.
+        embedding_dim: D, how many numbers a row has.
         padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, scale: of :func:`embedding`.
         device, dtype: of the weight.
 

@@ -125,7 +125,7 @@ def group_norm(
         num_groups: into how many groups the channels are divided; a divisor of C.
         weight: ``(C,)``, of the dtype of input, or on CPU float32 beside 16 bits; None for 1.
         bias: likewise; None for 0.
-        eps: ≥ 0.
+        eps: added to the variance, ≥ 0.
 
     Returns:
         Tensor of the shape and dtype of input.

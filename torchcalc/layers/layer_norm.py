@@ -155,7 +155,7 @@ def layer_norm(
         normalized_shape: the sizes of the last dimensions, over which mean and variance are taken; at least one.
         weight: of shape ``normalized_shape`` and the dtype of input, or on CPU float32 beside 16 bits; None for 1.
         bias: likewise; None for 0.
-        eps: ≥ 0.
+        eps: added to the variance, ≥ 0.
 
     Returns:
         Tensor of the shape and dtype of input.

@@ -310,9 +310,9 @@ class MLP(NotScripted, nn.Sequential):
     """Module of :func:`mlp`: ``nn.Sequential(nn.Linear, activation, nn.Linear)``, with its ``state_dict``.
 
     Args:
-        in_features: D.
-        hidden_features: H.
-        out_features: O; None is D.
+        in_features: D, the size of the last dimension of input.
+        hidden_features: H, the size between the two layers.
+        out_features: O, the size of the last dimension of the result; None is D.
         activation, recompute: of :func:`mlp`.
         bias: whether the layers have biases.
         device, dtype: of the parameters.
@@ -361,9 +361,9 @@ class GatedMLP(NotScripted, nn.Module):
     """Module of :func:`gated_mlp`, with the ``state_dict`` of most language models' own.
 
     Args:
-        in_features: D.
-        hidden_features: H.
-        out_features: O; None is D.
+        in_features: D, the size of the last dimension of input.
+        hidden_features: H, the size between the two layers.
+        out_features: O, the size of the last dimension of the result; None is D.
         activation, recompute: of :func:`gated_mlp`.
         bias: whether the layers have biases.
         device, dtype: of the parameters.

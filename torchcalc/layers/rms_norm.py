@@ -152,7 +152,7 @@ def rms_norm(
         input: ``(*, *normalized_shape)``, of float or complex dtype, any number of leading dimensions, none too.
         normalized_shape: the sizes of the last dimensions, over which the mean is taken; at least one.
         weight: of shape ``normalized_shape``; None for 1.
-        eps: ≥ 0; None is ``torch.finfo(dtype).eps``, of float32 for float16 and bfloat16.
+        eps: added to the mean of squares, ≥ 0; None is ``torch.finfo(dtype).eps``, of float32 for float16 and bfloat16.
 
     Returns:
         Tensor of the shape and dtype of input.

@@ -56,9 +56,9 @@ class Adadelta(Optimizer):
 
     Args:
         lr: what the step is multiplied by, a finite number >= 0 or a 1-element tensor.
-        rho: ρ in [0, 1].
-        eps: ε >= 0.
-        weight_decay: λ >= 0.
+        rho: ρ in [0, 1], what both means of squares keep at each step: nearer to 1, they forget more slowly.
+        eps: ε >= 0, sets the size of the first steps, about √ε: larger, it starts faster.
+        weight_decay: λ >= 0, pulls each weight towards 0 by λ·p, as a part of its gradient.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))

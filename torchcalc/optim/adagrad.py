@@ -55,10 +55,10 @@ class Adagrad(Optimizer):
     """Adagrad: a drop-in for ``torch.optim.Adagrad``; sparse gradients welcome.
 
     Args:
-        lr_decay: η >= 0.
-        weight_decay: λ >= 0.
-        initial_accumulator_value: what s starts from, >= 0.
-        eps: ε >= 0.
+        lr_decay: η >= 0, divides lr by 1 + (t - 1)·η at step t.
+        weight_decay: λ >= 0, pulls each weight towards 0 by λ·p, as a part of its gradient.
+        initial_accumulator_value: what s starts from, >= 0; larger, the first steps are smaller.
+        eps: ε >= 0, keeps the step finite where a weight has seen no gradient.
 
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = Adagrad([p], lr=0.1)

@@ -76,10 +76,11 @@ class Adam(Optimizer):
     """Adam: a drop-in for ``torch.optim.Adam``.
 
     Args:
-        betas: (β₁, β₂), both in [0, 1), both floats or both 1-element tensors.
+        betas: (β₁, β₂), both in [0, 1), both floats or both 1-element tensors: what the means of the gradient and of its square
+            keep at each step; nearer to 1, they forget more slowly and are smoother.
         eps: ε >= 0, what the step is measured against where gradients are tiny.
-        weight_decay: λ >= 0.
-        amsgrad: divide by the largest v so far.
+        weight_decay: λ >= 0, pulls each weight towards 0 by λ·p, as a part of its gradient.
+        amsgrad: divide by the largest v so far, so that no step grows because v has shrunk.
         decoupled_weight_decay: weight decay beside the gradient, (1') instead of (1): AdamW.
 
     >>> import torch
@@ -198,7 +199,7 @@ class AdamW(Adam):
     """AdamW, Adam with decoupled weight decay (1'): a drop-in for ``torch.optim.AdamW``.
 
     Args:
-        weight_decay: λ >= 0, beside the gradient.
+        weight_decay: λ >= 0, shrinks each weight by the factor 1 - lr·λ, beside the gradient.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))

@@ -56,9 +56,10 @@ class Adamax(Optimizer):
     """Adamax: a drop-in for ``torch.optim.Adamax``.
 
     Args:
-        betas: (β₁, β₂), both in [0, 1).
-        eps: ε >= 0.
-        weight_decay: λ >= 0.
+        betas: (β₁, β₂), both in [0, 1): what the mean of the gradient and its largest size keep at each step; nearer to 1,
+            they forget more slowly.
+        eps: ε >= 0, keeps the step finite where gradients are tiny.
+        weight_decay: λ >= 0, pulls each weight towards 0 by λ·p, as a part of its gradient.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))

@@ -46,10 +46,10 @@ class ASGD(Optimizer):
 
     Args:
         lr: the first step size, a finite number >= 0 or a 1-element tensor.
-        lambd: λ, the decay in (2) and (4).
-        alpha: α >= 0, the power in (4).
+        lambd: λ, pulls the weights towards 0 in (2), and with it the step shrinks in (4).
+        alpha: α >= 0, the power in (4): larger, the step shrinks sooner.
         t0: t₀, the step after which the average begins.
-        weight_decay: w >= 0.
+        weight_decay: w >= 0, pulls each weight towards 0 by w·p, as a part of its gradient.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))

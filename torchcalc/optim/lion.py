@@ -39,8 +39,9 @@ class Lion(Optimizer):
     """Lion (evolved sign momentum); torch has none.
 
     Args:
-        betas: (β₁, β₂), both in [0, 1).
-        weight_decay: λ >= 0, decoupled.
+        betas: (β₁, β₂), both in [0, 1): β₁ is the weight of past gradients in the sign that is stepped by, β₂ what their mean
+            keeps at each step.
+        weight_decay: λ >= 0, shrinks each weight by the factor 1 - lr·λ, beside the gradient.
         differentiable: let autograd record the step (the sign has derivative 0).
 
     >>> import torch

@@ -76,10 +76,11 @@ class NAdam(Optimizer):
     """NAdam: a drop-in for ``torch.optim.NAdam``.
 
     Args:
-        betas: (β₁, β₂), both in [0, 1).
-        eps: ε >= 0.
-        weight_decay: λ >= 0.
-        momentum_decay: ψ >= 0.
+        betas: (β₁, β₂), both in [0, 1): what the means of the gradient and of its square keep at each step; nearer to 1, they
+            forget more slowly and are smoother.
+        eps: ε >= 0, keeps the step finite where gradients are tiny.
+        weight_decay: λ >= 0, pulls each weight towards 0 by λ·p, as a part of its gradient.
+        momentum_decay: ψ >= 0, how fast the momentum warms up from β₁/2 to β₁.
         decoupled_weight_decay: weight decay beside the gradient, as in AdamW.
 
     >>> import torch

@@ -76,10 +76,10 @@ class RMSprop(Optimizer):
     """RMSprop: a drop-in for ``torch.optim.RMSprop``.
 
     Args:
-        alpha: smoothing constant >= 0.
-        eps: ε >= 0.
-        weight_decay: λ >= 0.
-        momentum: μ >= 0. 0 keeps no buffer.
+        alpha: α >= 0, what the mean of squares keeps at each step: nearer to 1, it forgets more slowly.
+        eps: ε >= 0, keeps the step finite where gradients are tiny; larger, it makes the step more like SGD's.
+        weight_decay: λ >= 0, pulls each weight towards 0 by λ·p, as a part of its gradient.
+        momentum: μ >= 0, what the sum of past steps keeps at each step; 0 keeps no buffer.
         centered: divide by the standard deviation of the gradient.
 
     >>> import torch

@@ -58,8 +58,8 @@ class Rprop(Optimizer):
 
     Args:
         lr: the first step size of every weight, a finite number >= 0 or a 1-element tensor.
-        etas: (η⁻, η⁺), 0 < η⁻ < 1 < η⁺.
-        step_sizes: the smallest and the largest step size.
+        etas: (η⁻, η⁺), 0 < η⁻ < 1 < η⁺: what a step size is multiplied by when the gradient's sign changes, and when it stays.
+        step_sizes: the smallest and the largest step size, between which all are kept.
 
     >>> import torch
     >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))

@@ -63,9 +63,10 @@ class SGD(Optimizer):
     """SGD with momentum, dampening, Nesterov and weight decay: a drop-in for ``torch.optim.SGD``.
 
     Args:
-        momentum: μ >= 0. 0 keeps no state.
-        dampening: τ.
-        weight_decay: λ >= 0, a number or a 1-element tensor.
+        momentum: μ >= 0, what the sum of past gradients keeps at each step: near 1 it averages over some 1/(1 - μ) of them; 0
+            keeps no state.
+        dampening: τ, the part of each new gradient that the sum leaves out.
+        weight_decay: λ >= 0, a number or a 1-element tensor: pulls each weight towards 0 by λ·p, as a part of its gradient.
         nesterov: look one step ahead; needs momentum > 0 and dampening 0.
 
     >>> import torch

@@ -138,7 +138,8 @@ def assert_optimizer(
     """:func:`check_optimizer` that raises AssertionError, with the report as its message, if there are errors.
 
     Args:
-        optimizer, reference, options, threshold, include, exclude, compile, progress: as for :func:`check_optimizer`.
+        optimizer, reference, options, threshold, prepare, include, exclude, compile, progress, seconds, isolate: as for
+            :func:`check_optimizer`.
 
     Raises:
         AssertionError: with the report as its message.
@@ -180,7 +181,7 @@ def pytest_optimizer(
     A check that does not apply is a skipped test, with the reason.
 
     Args:
-        optimizer, reference, options, threshold, include, exclude, compile: as for :func:`check_optimizer`.
+        optimizer, reference, options, threshold, prepare, include, exclude, compile: as for :func:`check_optimizer`.
 
     >>> import torch
     >>> test_my_optimizer = pytest_optimizer(torch.optim.SGD, options=dict(lr=0.1))
