@@ -20,11 +20,23 @@ def newest(folder: Path, word: str) -> Path | None:
     return next((file for file in files if file.stem == word), files[-1]) if files else None
 
 
+def killed_before(path: Path, folder: Path) -> Path | None:
+    """A run that began to train when the checkpoint was there already, and has none."""
+    begun = {config.stat().st_mtime: config.parent for config in folder.glob("*/config.yaml")}
+    at, run = max(begun.items(), default=(0.0, path))
+    return run if at > path.stat().st_mtime and not any(map(is_complete, run.glob("checkpoints/*.ckpt"))) else None
+
+
 def find(given: str, folder: Path) -> Path:
     """The file that ``--ckpt_path`` means, where ``folder`` holds the recipe's runs."""
     path = newest(folder, given) if given in WORDS else Path(given)
     if path is None:
         fail(f"ckpt_path: {given!r} is that of the newest run, but no run in {str(folder)!r} has a checkpoint")
+    if given == "last" and (run := killed_before(path, folder)):
+        fail(
+            f"ckpt_path: the newest run, {str(run)!r}, ended before it saved a checkpoint: leave ckpt_path out to begin "
+            f"again; that of the run before is {str(path)!r}"
+        )
     if not path.is_file():
         fail(f"ckpt_path: there is no file {str(path)!r}")
     return path

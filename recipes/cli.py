@@ -88,7 +88,8 @@ class RecipeCLI(LightningCLI):
 
     Args:
         name: the recipe's name; its config is ``configs/NAME.yaml``, its runs lie in ``runs/NAME``.
-        model: the LightningModule's class; if it has a method ``report() -> str``, that is printed after training.
+        model: the LightningModule's class; if it has a method ``report() -> str``, that is printed after training. Its
+            attribute ``many`` says that several processes train it as one does.
         data: the LightningDataModule's class, or None if the model brings its own dataloaders.
         args: the command line: a subcommand (``fit`` if left out) and ``--key=value`` settings over the config.
     """
@@ -198,12 +199,14 @@ class RecipeCLI(LightningCLI):
             if debugging():
                 raise
             fail(f"{blame(error)} (JSONARGPARSE_DEBUG=true shows the traceback)")
+        if self.trainer.num_devices * self.trainer.num_nodes > 1 and not getattr(self.model, "many", False):
+            fail(f"trainer.devices: {self.name} learns on one process; leave trainer.devices and trainer.num_nodes out")
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ExactResume):
                 callback.quiet = True  # interrupted() says more
         if self.checkpoint:
             path, content = self.checkpoint
-            if self.model.strict_loading:
+            if self.model.strict_loading and self.model.state_dict():  # else it gets its net later, and compares itself
                 checkpoints.compare(path, content, self.model)
             self.checkpoint = path, {"global_step": content.get("global_step")}  # the trainer reads the rest anew
 
@@ -231,6 +234,11 @@ class RecipeCLI(LightningCLI):
         if diverged if score is None else not score.isfinite():  # without a monitor the newest counts as the best
             best = ""
         report = []
+        last = getattr(keeper, "last_model_path", "")
+        no_step = False
+        if self.checkpoint and self.checkpoint[1]["global_step"] == steps:
+            last, no_step = last or self.checkpoint[0], True
+            self.model.on_train_end()  # it may have been killed while it drew its figures
         if is_overridden("test_step", self.model):
             self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, verbose=False)
             metrics = self.trainer.callback_metrics.items()
@@ -241,12 +249,13 @@ class RecipeCLI(LightningCLI):
             print(f"\n{self.model.report()}")
         if best:
             report.append(("best checkpoint", short(best)))
-        elif last := getattr(keeper, "last_model_path", ""):
+        elif last:
             report.append(("last checkpoint", short(last)))
         say([*report, *self.places()])
-        if self.checkpoint and self.checkpoint[1]["global_step"] == steps:
+        if no_step:
+            limit = "max_epochs" if self.trainer.max_steps == -1 else "max_steps"
             sys.stderr.write(
-                f"warning: no step was made: the checkpoint has all {steps}; --trainer.max_epochs allows more\n"
+                f"warning: no step was made: the checkpoint has all {steps}; --trainer.{limit} allows more\n"
             )
         if diverged:
             remedy = "the training diverged; try a smaller learning rate"

@@ -36,6 +36,7 @@ from torchcalc.instruments.loops import (
     Watched,
     add_results,
     forget_from,
+    load_loaders,
     nothing_is_half_done,
     results,
 )
@@ -91,6 +92,7 @@ class ExactResume(ModelCheckpoint):
         self._trainer: Trainer | None = None
         self._clean = ""  # what the checkpoint that is being written is: "batch" or "end"; "": somebody else's
         self._loaded: dict[str, Any] | None = None  # what a checkpoint said, until training goes on from it
+        self._rounded: dict[str, Any] | None = None  # weights that were loaded into a narrower dtype than they have
         self._results: dict[str, Any] = {}  # of the epoch so far, until they are logged again
         self._at = (-1, -1)  # epoch and batch of the last moment between batches
         self._saved, self._saved_at = -1, -math.inf  # step and time
@@ -223,6 +225,10 @@ class ExactResume(ModelCheckpoint):
         """Keep what :meth:`on_save_checkpoint` added; begin TensorBoard's curves anew from the step of the checkpoint."""
         if trainer.state.fn != "fit" or KEY not in checkpoint:
             return
+        here = pl_module.state_dict()
+        saved = checkpoint.get("state_dict", {})  # none, where the strategy saves pieces
+        if any(dtype_of(value) != dtype_of(here.get(name, value)) for name, value in saved.items()):
+            self._rounded = saved
         self._loaded = {**checkpoint[KEY], "loops": checkpoint["loops"]["fit_loop"]}
         step = self._loaded["loops"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         step = step if self._loaded["clean"] else max(step, checkpoint["global_step"])
@@ -230,8 +236,16 @@ class ExactResume(ModelCheckpoint):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 forget_from(logger.experiment, step)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load weights again: with precision="64-true" Lightning widens the module when float32 holds them already."""
+        if self._rounded is not None:
+            pl_module.load_state_dict(self._rounded, strict=pl_module.strict_loading)
+            self._rounded = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Catch signals; tell Lightning that nothing is half done."""
+        """Catch signals; tell Lightning where the loaders are, and that nothing is half done."""
+        if self._loaded is not None:
+            load_loaders(trainer)
         if self._loaded is not None and self._loaded["clean"]:
             nothing_is_half_done(trainer)
         if self._trainer is not None and threading.current_thread() is threading.main_thread():
@@ -282,7 +296,7 @@ class ExactResume(ModelCheckpoint):
         self._handlers = {}
         if self._process is not None:
             trainer.strategy.process_dataloader = self._process  # type: ignore[method-assign,assignment]
-        self._process = self._trainer = self._loaded = None
+        self._process = self._trainer = self._loaded = self._rounded = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning calls no teardown then."""
@@ -309,3 +323,8 @@ class ExactResume(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing."""
+
+
+def dtype_of(value: Any) -> torch.dtype | None:
+    """Of what stands in a state dict, where an extra state need not be a tensor."""
+    return getattr(value, "dtype", None)

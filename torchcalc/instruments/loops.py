@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from torchcalc.resume.files import save
 from torchcalc.resume.loader import Replay
 
-__all__ = ["AtomicCheckpointIO", "Watched", "add_results", "forget_from", "nothing_is_half_done", "results"]
+__all__ = ["AtomicCheckpointIO", "Watched", "add_results", "forget_from", "load_loaders", "nothing_is_half_done", "results"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -70,6 +70,19 @@ class Watched:
 
     def load_state_dict(self, state: Any) -> None:
         self.loader.load_state_dict(state)
+
+
+def load_loaders(trainer: Trainer) -> None:
+    """Give the train loaders their states where they were made before the checkpoint was read.
+
+    Lightning makes them when a module asks for ``trainer.estimated_stepping_batches``, and forgets the states then.
+    """
+    fit_loop = trainer.fit_loop
+    if states := fit_loop._combined_loader_states_to_load:
+        assert fit_loop._combined_loader is not None and fit_loop._data_fetcher is not None
+        fit_loop._combined_loader._load_state_dicts(states)
+        fit_loop._combined_loader_states_to_load = []
+        iter(fit_loop._data_fetcher)  # makes iterators that begin there
 
 
 def nothing_is_half_done(trainer: Trainer) -> None:
