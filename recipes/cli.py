@@ -173,12 +173,14 @@ class RecipeCLI(LightningCLI):
         path = checkpoints.find(str(given), self.runs(command))
         weights_only = self.config[command].get("weights_only") is not False
         self.checkpoint = path, checkpoints.read(path, self.name, weights_only)
-        run = Path(short(path)).parent.parent
+        run = path.absolute().parent.parent
         if (run / "config.yaml").is_file():
             self.config = parser.parse_args([command, f"--config={run / 'config.yaml'}", *settings])
             if logger := getattr(self.config[command].trainer.logger, "init_args", None):
                 version = re.fullmatch(r"version_(0|[1-9]\d*)", run.name)
-                logger.save_dir, logger.name = str(run.parent.parent), run.parent.name
+                if Path(logger.save_dir, logger.name).resolve() != run.parent.resolve():
+                    logger.save_dir, logger.name = short(run.parent.parent), run.parent.name
+                # Otherwise as it was: a ModelCheckpoint whose folder is spelled otherwise forgets its best score.
                 logger.version = int(version[1]) if version else run.name  # of a word the bar shows the last letters
                 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # as it should
         self.config[command].ckpt_path = str(path)

@@ -78,7 +78,8 @@ def load_loaders(trainer: Trainer) -> None:
     Lightning makes them when a module asks for ``trainer.estimated_stepping_batches``, and forgets the states then.
     """
     fit_loop = trainer.fit_loop
-    if states := fit_loop._combined_loader_states_to_load:
+    states = fit_loop._combined_loader_states_to_load
+    if states and fit_loop.restarting:  # not between epochs
         assert fit_loop._combined_loader is not None and fit_loop._data_fetcher is not None
         fit_loop._combined_loader._load_state_dicts(states)
         fit_loop._combined_loader_states_to_load = []
