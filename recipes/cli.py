@@ -208,7 +208,8 @@ class RecipeCLI(LightningCLI):
                 callback.quiet = True  # interrupted() says more
         if self.checkpoint:
             path, content = self.checkpoint
-            if self.model.strict_loading and self.model.state_dict():  # else it gets its net later, and compares itself
+            # A checkpoint in pieces has no state_dict, and the model may get its net later.
+            if self.model.strict_loading and self.model.state_dict() and "state_dict" in content:
                 checkpoints.compare(path, content, self.model)
             self.checkpoint = path, {"global_step": content.get("global_step")}  # the trainer reads the rest anew
 
