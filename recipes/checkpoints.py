@@ -48,7 +48,9 @@ def read(path: Path, recipe: str, weights_only: bool) -> dict[str, Any]:
         fail(f"ckpt_path: {str(path)!r} is no checkpoint, or was cut short")
     try:
         # Of a checkpoint in pieces, what is not one.
-        checkpoint = torch.load(path / "meta.pt" if path.is_dir() else path, map_location="cpu", weights_only=weights_only)
+        checkpoint = torch.load(
+            path / "meta.pt" if path.is_dir() else path, map_location="cpu", weights_only=weights_only
+        )
     except Exception as error:  # whatever unpickling it does
         if "Unsupported global" in str(error):
             fail(f"ckpt_path: {str(path)!r} holds more than tensors and numbers; if you trust it: --weights_only=false")

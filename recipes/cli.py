@@ -1,7 +1,6 @@
 """What the recipes share: a LightningCLI with a config of its own, one-line errors and a report at the end."""
 
 import inspect
-import logging
 import re
 import signal
 import sys
@@ -11,7 +10,6 @@ from typing import Any, NoReturn
 
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -27,6 +25,7 @@ from torch.optim import Optimizer
 
 from recipes import checkpoints
 from recipes.errors import binary, blame, debugging, did_you_mean, explain, fail
+from recipes.output import say, short, tidy_output
 from recipes.parser import COMMANDS, Parser
 from torchcalc.instruments import ExactResume
 from torchcalc.resume import newest
@@ -170,6 +169,8 @@ class RecipeCLI(LightningCLI):
             fail(f"{binary(settings)} is no text; settings in a file are YAML")
         if not (given := self.config[command].get("ckpt_path")):
             return
+        if given in checkpoints.WORDS and self.config[command].trainer.logger is False:
+            fail(f"ckpt_path: {given!r} is that of the newest run, and trainer.logger=false keeps none: name the file")
         path = checkpoints.find(str(given), self.runs(command))
         weights_only = self.config[command].get("weights_only") is not False
         self.checkpoint = path, checkpoints.read(path, self.name, weights_only)
@@ -279,10 +280,10 @@ class RecipeCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             raise SystemExit(128 + by)
         epoch = self.trainer.current_epoch
-        saved = None
-        if isinstance(logger := self.trainer.logger, TensorBoardLogger):
-            run = Path(logger.log_dir, "checkpoints")
-            saved = newest(run, "last*.ckpt") or newest(run)
+        logger = self.trainer.logger
+        where = logger.log_dir if isinstance(logger, TensorBoardLogger) else self.trainer.default_root_dir
+        run = Path(where, "checkpoints")
+        saved = newest(run, "last*.ckpt") or newest(run)
         command = f"{short(sys.executable)} -m recipes {self.name} --ckpt_path={short(saved)}" if saved else ""
         say(
             [("interrupted", f"in epoch {epoch}"), *self.places(), ("resume", command or "no checkpoint was saved yet")]
@@ -299,33 +300,3 @@ class RecipeCLI(LightningCLI):
             ("TensorBoard", f"{short(tensorboard)} --logdir {short(logger.root_dir)}"),
             ("dashboard", "its tab Custom Scalars: http://localhost:6006/#custom_scalars"),
         ]
-
-
-def say(rows: list[tuple[str, str]]) -> None:
-    """Print a table of two columns below an empty line."""
-    width = max((len(what) for what, _ in rows), default=0)
-    print("\n" + "\n".join(f"{what:<{width}}  {value}" for what, value in rows))
-
-
-def short(path: str | Path) -> str:
-    """Return ``path`` as one types it here: relative where it lies below the working directory."""
-    path = Path(path).absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def tidy_output() -> None:
-    """Silence what Lightning prints for others than the user: its own debts to torch, and advertisements."""
-    warnings.filterwarnings(
-        "ignore",
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-        FutureWarning,
-        r"lightning\.pytorch\.utilities\._pytree",
-    )
-    # Workers would only cost here: the recipes' data lie in memory.
-    warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers", PossibleUserWarning)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_advertisement)
-
-
-def is_no_advertisement(record: logging.LogRecord) -> bool:
-    """Tell Lightning's messages about the run from those about its makers' services."""
-    return "Tip: " not in str(record.msg)

@@ -140,6 +140,7 @@ class Sweep(LightningModule):
         self.log("loss/val", losses.nan_to_num(math.inf).min())
 
     def on_train_end(self) -> None:
+        assert self.range_test is not None
         for run, curve in zip(self.runs, torch.stack(self.losses, 1).cpu(), strict=True):
             run.losses = curve.tolist()
         if isinstance(self.logger, TensorBoardLogger):

@@ -38,6 +38,7 @@ from torchcalc.instruments.loops import (
     forget_from,
     load_loaders,
     nothing_is_half_done,
+    other_dtypes,
     results,
 )
 from torchcalc.resume.files import newest, publish, temporary
@@ -225,10 +226,8 @@ class ExactResume(ModelCheckpoint):
         """Keep what :meth:`on_save_checkpoint` added; begin TensorBoard's curves anew from the step of the checkpoint."""
         if trainer.state.fn != "fit" or KEY not in checkpoint:
             return
-        here = pl_module.state_dict()
         saved = checkpoint.get("state_dict", {})  # none, where the strategy saves pieces
-        if any(dtype_of(value) != dtype_of(here.get(name, value)) for name, value in saved.items()):
-            self._rounded = saved
+        self._rounded = saved if other_dtypes(saved, pl_module.state_dict()) else None
         self._loaded = {**checkpoint[KEY], "loops": checkpoint["loops"]["fit_loop"]}
         step = self._loaded["loops"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         step = step if self._loaded["clean"] else max(step, checkpoint["global_step"])
@@ -323,8 +322,3 @@ class ExactResume(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing."""
-
-
-def dtype_of(value: Any) -> torch.dtype | None:
-    """Of what stands in a state dict, where an extra state need not be a tensor."""
-    return getattr(value, "dtype", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,16 @@ from lightning.pytorch import Trainer
 from torchcalc.resume.files import save
 from torchcalc.resume.loader import Replay
 
-__all__ = ["AtomicCheckpointIO", "Watched", "add_results", "forget_from", "load_loaders", "nothing_is_half_done", "results"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "Watched",
+    "add_results",
+    "forget_from",
+    "load_loaders",
+    "nothing_is_half_done",
+    "other_dtypes",
+    "results",
+]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -84,6 +93,13 @@ def load_loaders(trainer: Trainer) -> None:
         fit_loop._combined_loader._load_state_dicts(states)
         fit_loop._combined_loader_states_to_load = []
         iter(fit_loop._data_fetcher)  # makes iterators that begin there
+
+
+def other_dtypes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Tell whether loading one state dict into the other rounds; an extra state need not be a tensor."""
+    return any(
+        getattr(value, "dtype", None) != getattr(here.get(name, value), "dtype", None) for name, value in saved.items()
+    )
 
 
 def nothing_is_half_done(trainer: Trainer) -> None:
