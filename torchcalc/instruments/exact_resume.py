@@ -36,6 +36,7 @@ from torchcalc.instruments.loops import (
     Watched,
     add_results,
     forget_from,
+    in_pieces,
     load_loaders,
     nothing_is_half_done,
     other_dtypes,
@@ -66,7 +67,7 @@ class ExactResume(ModelCheckpoint):
         dirpath: the folder of ``last.ckpt``; None: ``checkpoints`` in the folder of the trainer's first logger.
         every_n_steps: save at every n-th optimizer step, ≥ 1; None: the clock alone decides.
         every_seconds: save when so much time has gone by, ≥ 0; None: every_n_steps alone decides. The start and the end of
-            the training are saved in any case.
+            the training are saved in any case; of a training that is saved in pieces (FSDP2) the first step in place of the start.
         quiet: do not say how to go on, because the caller does.
 
     Raises:
@@ -173,6 +174,8 @@ class ExactResume(ModelCheckpoint):
         if not loop._accumulated_batches_reached():
             return
         step = steps_of(trainer)
+        if step == 0 and in_pieces(trainer):
+            return  # to save an optimizer that has no state yet, torch lets it take a step, which Adam would count
         by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
         by_clock = self.every_seconds is not None and time.monotonic() - self._saved_at >= self.every_seconds
         due, stop = self._agree(trainer, self._saved < 0 or by_step or by_clock, self._signal or 0)
@@ -192,17 +195,12 @@ class ExactResume(ModelCheckpoint):
 
     def _save(self, trainer: Trainer, clean: str) -> None:
         self._clean = clean
-        strategy = trainer.strategy
-        in_pieces = (
-            getattr(strategy, "_save_distributed_checkpoint", False)
-            or getattr(strategy, "_state_dict_type", "") == "sharded"
-        )
         try:
-            if in_pieces:
+            if in_pieces(trainer):
                 trainer.save_checkpoint(temporary(self.path), weights_only=False)
                 if trainer.is_global_zero:
                     publish(temporary(self.path), self.path)
-                strategy.barrier()
+                trainer.strategy.barrier()
             else:
                 trainer.save_checkpoint(self.path, weights_only=False)
         finally:

@@ -18,6 +18,7 @@ __all__ = [
     "Watched",
     "add_results",
     "forget_from",
+    "in_pieces",
     "load_loaders",
     "nothing_is_half_done",
     "other_dtypes",
@@ -79,6 +80,13 @@ class Watched:
 
     def load_state_dict(self, state: Any) -> None:
         self.loader.load_state_dict(state)
+
+
+def in_pieces(trainer: Trainer) -> bool:
+    """Tell whether the strategy saves a folder, in which every process has its file."""
+    strategy = trainer.strategy
+    distributed = getattr(strategy, "_save_distributed_checkpoint", False)
+    return bool(distributed or getattr(strategy, "_state_dict_type", "") == "sharded")
 
 
 def load_loaders(trainer: Trainer) -> None:
