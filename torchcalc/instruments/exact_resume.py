@@ -67,7 +67,7 @@ class ExactResume(ModelCheckpoint):
         dirpath: the folder of ``last.ckpt``; None: ``checkpoints`` in the folder of the trainer's first logger.
         every_n_steps: save at every n-th optimizer step, ≥ 1; None: the clock alone decides.
         every_seconds: save when so much time has gone by, ≥ 0; None: every_n_steps alone decides. The start and the end of
-            the training are saved in any case; of a training that is saved in pieces (FSDP2) the first step in place of the start.
+            the training are saved in any case; with FSDP2, which saves pieces, the first step in place of the start.
         quiet: do not say how to go on, because the caller does.
 
     Raises:
