@@ -20,12 +20,24 @@ def newest(folder: Path, word: str) -> Path | None:
     return next((file for file in files if file.stem == word), files[-1]) if files else None
 
 
+def killed_before(path: Path, folder: Path) -> Path | None:
+    """A run that began to train when the checkpoint was there already, and has none."""
+    begun = {config.stat().st_mtime: config.parent for config in folder.glob("*/config.yaml")}
+    at, run = max(begun.items(), default=(0.0, path))
+    return run if at > path.stat().st_mtime and not any(map(is_complete, run.glob("checkpoints/*.ckpt"))) else None
+
+
 def find(given: str, folder: Path) -> Path:
-    """The file that ``--ckpt_path`` means, where ``folder`` holds the recipe's runs."""
+    """The file that ``--ckpt_path`` means, or the folder of pieces, where ``folder`` holds the recipe's runs."""
     path = newest(folder, given) if given in WORDS else Path(given)
     if path is None:
         fail(f"ckpt_path: {given!r} is that of the newest run, but no run in {str(folder)!r} has a checkpoint")
-    if not path.is_file():
+    if given == "last" and (run := killed_before(path, folder)):
+        fail(
+            f"ckpt_path: the newest run, {str(run)!r}, ended before it saved a checkpoint: leave ckpt_path out to begin "
+            f"again; that of the run before is {str(path)!r}"
+        )
+    if not path.is_file() and not (path.is_dir() and is_complete(path)):
         fail(f"ckpt_path: there is no file {str(path)!r}")
     return path
 
@@ -35,12 +47,16 @@ def read(path: Path, recipe: str, weights_only: bool) -> dict[str, Any]:
     if not is_complete(path):
         fail(f"ckpt_path: {str(path)!r} is no checkpoint, or was cut short")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+        # Of a checkpoint in pieces, what is not one.
+        checkpoint = torch.load(
+            path / "meta.pt" if path.is_dir() else path, map_location="cpu", weights_only=weights_only
+        )
     except Exception as error:  # whatever unpickling it does
         if "Unsupported global" in str(error):
             fail(f"ckpt_path: {str(path)!r} holds more than tensors and numbers; if you trust it: --weights_only=false")
         fail(f"ckpt_path: {str(path)!r} is no checkpoint: {type(error).__name__}: {' '.join(str(error).split())}")
-    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
+    needed = {"pytorch-lightning_version"} | ({"state_dict"} if path.is_file() else set())
+    if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
         fail(f"ckpt_path: {str(path)!r} is no checkpoint of Lightning; those of a run lie in its folder checkpoints")
     if (other := checkpoint.get("recipe", recipe)) != recipe:
         fail(f"ckpt_path: {str(path)!r} is of the recipe {other!r}, and this is {recipe!r}")

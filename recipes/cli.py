@@ -1,7 +1,6 @@
 """What the recipes share: a LightningCLI with a config of its own, one-line errors and a report at the end."""
 
 import inspect
-import logging
 import re
 import signal
 import sys
@@ -11,7 +10,6 @@ from typing import Any, NoReturn
 
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -27,6 +25,7 @@ from torch.optim import Optimizer
 
 from recipes import checkpoints
 from recipes.errors import binary, blame, debugging, did_you_mean, explain, fail
+from recipes.output import say, short, tidy_output
 from recipes.parser import COMMANDS, Parser
 from torchcalc.instruments import ExactResume
 from torchcalc.resume import newest
@@ -88,7 +87,8 @@ class RecipeCLI(LightningCLI):
 
     Args:
         name: the recipe's name; its config is ``configs/NAME.yaml``, its runs lie in ``runs/NAME``.
-        model: the LightningModule's class; if it has a method ``report() -> str``, that is printed after training.
+        model: the LightningModule's class; if it has a method ``report() -> str``, that is printed after training. Its
+            attribute ``many`` says that several processes train it as one does.
         data: the LightningDataModule's class, or None if the model brings its own dataloaders.
         args: the command line: a subcommand (``fit`` if left out) and ``--key=value`` settings over the config.
     """
@@ -169,15 +169,19 @@ class RecipeCLI(LightningCLI):
             fail(f"{binary(settings)} is no text; settings in a file are YAML")
         if not (given := self.config[command].get("ckpt_path")):
             return
+        if given in checkpoints.WORDS and self.config[command].trainer.logger is False:
+            fail(f"ckpt_path: {given!r} is that of the newest run, and trainer.logger=false keeps none: name the file")
         path = checkpoints.find(str(given), self.runs(command))
         weights_only = self.config[command].get("weights_only") is not False
         self.checkpoint = path, checkpoints.read(path, self.name, weights_only)
-        run = Path(short(path)).parent.parent
+        run = path.absolute().parent.parent
         if (run / "config.yaml").is_file():
             self.config = parser.parse_args([command, f"--config={run / 'config.yaml'}", *settings])
             if logger := getattr(self.config[command].trainer.logger, "init_args", None):
                 version = re.fullmatch(r"version_(0|[1-9]\d*)", run.name)
-                logger.save_dir, logger.name = str(run.parent.parent), run.parent.name
+                if Path(logger.save_dir, logger.name).resolve() != run.parent.resolve():
+                    logger.save_dir, logger.name = short(run.parent.parent), run.parent.name
+                # Otherwise as it was: a ModelCheckpoint whose folder is spelled otherwise forgets its best score.
                 logger.version = int(version[1]) if version else run.name  # of a word the bar shows the last letters
                 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # as it should
         self.config[command].ckpt_path = str(path)
@@ -198,12 +202,15 @@ class RecipeCLI(LightningCLI):
             if debugging():
                 raise
             fail(f"{blame(error)} (JSONARGPARSE_DEBUG=true shows the traceback)")
+        if self.trainer.num_devices * self.trainer.num_nodes > 1 and not getattr(self.model, "many", False):
+            fail(f"trainer.devices: {self.name} learns on one process; leave trainer.devices and trainer.num_nodes out")
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ExactResume):
                 callback.quiet = True  # interrupted() says more
         if self.checkpoint:
             path, content = self.checkpoint
-            if self.model.strict_loading:
+            # A checkpoint in pieces has no state_dict, and the model may get its net later.
+            if self.model.strict_loading and self.model.state_dict() and "state_dict" in content:
                 checkpoints.compare(path, content, self.model)
             self.checkpoint = path, {"global_step": content.get("global_step")}  # the trainer reads the rest anew
 
@@ -231,6 +238,11 @@ class RecipeCLI(LightningCLI):
         if diverged if score is None else not score.isfinite():  # without a monitor the newest counts as the best
             best = ""
         report = []
+        last = getattr(keeper, "last_model_path", "")
+        no_step = False
+        if self.checkpoint and self.checkpoint[1]["global_step"] == steps:
+            last, no_step = last or self.checkpoint[0], True
+            self.model.on_train_end()  # it may have been killed while it drew its figures
         if is_overridden("test_step", self.model):
             self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, verbose=False)
             metrics = self.trainer.callback_metrics.items()
@@ -241,12 +253,13 @@ class RecipeCLI(LightningCLI):
             print(f"\n{self.model.report()}")
         if best:
             report.append(("best checkpoint", short(best)))
-        elif last := getattr(keeper, "last_model_path", ""):
+        elif last:
             report.append(("last checkpoint", short(last)))
         say([*report, *self.places()])
-        if self.checkpoint and self.checkpoint[1]["global_step"] == steps:
+        if no_step:
+            limit = "max_epochs" if self.trainer.max_steps == -1 else "max_steps"
             sys.stderr.write(
-                f"warning: no step was made: the checkpoint has all {steps}; --trainer.max_epochs allows more\n"
+                f"warning: no step was made: the checkpoint has all {steps}; --trainer.{limit} allows more\n"
             )
         if diverged:
             remedy = "the training diverged; try a smaller learning rate"
@@ -267,10 +280,10 @@ class RecipeCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             raise SystemExit(128 + by)
         epoch = self.trainer.current_epoch
-        saved = None
-        if isinstance(logger := self.trainer.logger, TensorBoardLogger):
-            run = Path(logger.log_dir, "checkpoints")
-            saved = newest(run, "last*.ckpt") or newest(run)
+        logger = self.trainer.logger
+        where = logger.log_dir if isinstance(logger, TensorBoardLogger) else self.trainer.default_root_dir
+        run = Path(where, "checkpoints")
+        saved = newest(run, "last*.ckpt") or newest(run)
         command = f"{short(sys.executable)} -m recipes {self.name} --ckpt_path={short(saved)}" if saved else ""
         say(
             [("interrupted", f"in epoch {epoch}"), *self.places(), ("resume", command or "no checkpoint was saved yet")]
@@ -287,33 +300,3 @@ class RecipeCLI(LightningCLI):
             ("TensorBoard", f"{short(tensorboard)} --logdir {short(logger.root_dir)}"),
             ("dashboard", "its tab Custom Scalars: http://localhost:6006/#custom_scalars"),
         ]
-
-
-def say(rows: list[tuple[str, str]]) -> None:
-    """Print a table of two columns below an empty line."""
-    width = max((len(what) for what, _ in rows), default=0)
-    print("\n" + "\n".join(f"{what:<{width}}  {value}" for what, value in rows))
-
-
-def short(path: str | Path) -> str:
-    """Return ``path`` as one types it here: relative where it lies below the working directory."""
-    path = Path(path).absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def tidy_output() -> None:
-    """Silence what Lightning prints for others than the user: its own debts to torch, and advertisements."""
-    warnings.filterwarnings(
-        "ignore",
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-        FutureWarning,
-        r"lightning\.pytorch\.utilities\._pytree",
-    )
-    # Workers would only cost here: the recipes' data lie in memory.
-    warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers", PossibleUserWarning)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_advertisement)
-
-
-def is_no_advertisement(record: logging.LogRecord) -> bool:
-    """Tell Lightning's messages about the run from those about its makers' services."""
-    return "Tip: " not in str(record.msg)

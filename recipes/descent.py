@@ -65,7 +65,8 @@ class Descent(LightningModule):
         ]:
             if name not in known:
                 raise ValueError(f"lr: there is no {name!r}{did_you_mean(name, known)}; known are: {', '.join(known)}")
-        self.walks = [Walk(surface, method, lr[surface][method]) for surface in lr for method in lr[surface]]
+        # A checkpoint holds plain numbers.
+        self.walks = [Walk(surface, method, float(lr[surface][method])) for surface in lr for method in lr[surface]]
         bowl = SURFACES["bowl"]
         sharpness = curvature(bowl, torch.tensor(bowl.start).double()).value
         for method in SWEPT:
@@ -91,6 +92,15 @@ class Descent(LightningModule):
             walk.path.append(x.detach().cpu().clone())
             optimizer.step(closure)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["paths"] = [
+            torch.stack([*walk.path, x.detach().cpu()]) for walk, x in zip(self.walks, self.x, strict=True)
+        ]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for walk, path in zip(self.walks, checkpoint["paths"], strict=True):
+            walk.path = list(path[:-1])  # the next step adds where it begins
+
     def on_train_end(self) -> None:
         """Write the curves, one run per method so that a chart shows them all, and the pictures."""
         for walk, x in zip(self.walks, self.x, strict=True):
@@ -101,7 +111,7 @@ class Descent(LightningModule):
         folder, tensorboard = Path(self.logger.log_dir), self.logger.experiment
         descents = [walk for walk in self.walks if not walk.limit]
         for method in METHODS:
-            with SummaryWriter(str(folder / method)) as writer:
+            with SummaryWriter(str(folder / method), purge_step=0) as writer:  # a resumed run has written them before
                 for walk in (walk for walk in descents if walk.method == method):
                     for step, gap in enumerate(walk.gaps.clamp(min=1e-16).log10().tolist()):
                         writer.add_scalar(f"gap_log10/{walk.surface}", gap, step)

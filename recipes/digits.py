@@ -40,6 +40,8 @@ class ConvNet(nn.Module):
 class Classifier(LightningModule):
     """Any net with any loss; logs loss and accuracy of the training, validation and test sets."""
 
+    many = True  # processes may share a batch
+
     def __init__(self, net: nn.Module, loss: nn.Module):
         super().__init__()
         self.net, self.loss = net, loss

@@ -8,6 +8,7 @@ a GPU: ``--trainer.precision=bf16-mixed --model.compile=true``.
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
+from recipes import checkpoints
 from recipes.against_stock import Cost, compare
 from recipes.cli import RecipeCLI
 from recipes.gpt import GPT, Kind
@@ -38,6 +40,8 @@ class LanguageModel(LightningModule):
         against_stock: steps that both kinds of parts take side by side when training ends; 0 leaves it out.
         sample: words of a text that is written at each validation.
     """
+
+    many = True  # processes may share a batch
 
     def __init__(
         self,
@@ -82,6 +86,11 @@ class LanguageModel(LightningModule):
                     fully_shard(part, mesh=mesh)
             if self.compiles:
                 self.net.compile()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Only now there is a net to compare with."""
+        if "state_dict" in checkpoint:  # pieces of FSDP2 are compared while they are read
+            checkpoints.compare(Path(str(self.trainer.ckpt_path)), checkpoint, self)
 
     def configure_optimizers(self) -> Any:
         assert self.net is not None

@@ -10,12 +10,15 @@ arXiv:2003.02218). So λ is measured on the way as well, and the figure says whe
 
 import math
 from copy import deepcopy
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from recipes.cli import RecipeCLI
 from recipes.data import WholeDigits
@@ -23,7 +26,7 @@ from recipes.errors import fail
 from recipes.learning_rate_figure import Run, sweep_figures, sweep_markdown, sweep_table, write_curves
 from torchcalc import nn as calc
 from torchcalc.calculus import Curvature, curvature, training_loss
-from torchcalc.convergence import range_test, stability_limit
+from torchcalc.convergence import RangeTest, range_test, stability_limit
 from torchcalc.optim import SGD, GradientDescent
 
 
@@ -64,9 +67,10 @@ class Sweep(LightningModule):
         self.nets = nn.ModuleList(deepcopy(net) for _ in self.runs)
         self.loss, self.sharpness_every = loss, sharpness_every
         self.losses: list[Tensor] = []  # one vector per step
+        self.range_test: RangeTest | None = None
 
     def on_fit_start(self) -> None:
-        """Test the range and predict at the start, which all nets share; then give each its learning rate."""
+        """Give each net its learning rate; before the first step, test the range and predict."""
         data = self.trainer.datamodule.train  # type: ignore[attr-defined]
         self.batch = tuple(tensor.to(self.device) for tensor in data.tensors)
         optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
@@ -76,6 +80,19 @@ class Sweep(LightningModule):
             fail("optimizer.backtrack: true finds steps of its own, and a sweep compares given ones; set it to false")
         if self.trainer.estimated_stepping_batches < 4:
             fail(f"data.steps: {self.trainer.estimated_stepping_batches} in all; a curve of at least 4 has a verdict")
+        [group] = optimizer.param_groups
+        if self.range_test is None:
+            self.predict(optimizer, group)
+        for run in self.runs:  # a checkpoint's vectors and losses are on the CPU
+            run.vector = run.vector and {name: part.to(self.device) for name, part in run.vector.items()}
+        self.losses = [each.to(self.device) for each in self.losses]
+        optimizer.param_groups = [
+            {**group, "params": list(net.parameters()), "lr": run.lr}
+            for net, run in zip(self.nets, self.runs, strict=True)
+        ]
+
+    def predict(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        """Test the range, and measure the sharpness, where all nets start."""
         low, high = self.runs[0].lr, self.runs[-1].lr
         self.range_test = range_test(self.nets[0], self.loss, self.batch, optimizer, low=low, high=high)
         start = self.sharpness(self.nets[0])
@@ -83,13 +100,23 @@ class Sweep(LightningModule):
         loss = self.loss(self.nets[0](self.batch[0]), self.batch[1])
         gradient = torch.autograd.grad(loss, list(self.nets[0].parameters()))
         slope = float(nn.utils.get_total_norm(gradient) ** 2 / loss.detach())
-        [group] = optimizer.param_groups
         if momentum := group.get("momentum", 0.0):  # steps add up
             slope *= (1 - group["dampening"]) / (1 - momentum)
-        optimizer.param_groups = []
-        for net, run in zip(self.nets, self.runs, strict=True):
-            optimizer.param_groups.append({**group, "params": list(net.parameters()), "lr": run.lr})
+        for run in self.runs:
             run.limit, run.slope, run.sharpness, run.vector = limit, slope, [start.value], start.vector
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.range_test is not None
+        checkpoint["sweep"] = {
+            "runs": [asdict(run) for run in self.runs],
+            "losses": self.losses,
+            "range_test": asdict(self.range_test),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found = checkpoint["sweep"]
+        self.runs = [Run(**each) for each in found["runs"]]
+        self.losses, self.range_test = found["losses"], RangeTest(**found["range_test"])
 
     def sharpness(self, net: nn.Module, start: dict[str, Tensor] | None = None) -> Curvature:
         f = training_loss(net, self.loss, self.batch)
@@ -113,6 +140,7 @@ class Sweep(LightningModule):
         self.log("loss/val", losses.nan_to_num(math.inf).min())
 
     def on_train_end(self) -> None:
+        assert self.range_test is not None
         for run, curve in zip(self.runs, torch.stack(self.losses, 1).cpu(), strict=True):
             run.losses = curve.tolist()
         if isinstance(self.logger, TensorBoardLogger):
@@ -126,6 +154,7 @@ class Sweep(LightningModule):
 
     def report(self) -> str:
         """The sweep's table, and what the range test had suggested."""
+        assert self.range_test is not None
         return f"{sweep_table(self.runs)}\n\n{self.range_test}"
 
 

@@ -91,7 +91,9 @@ def sweep_markdown(runs: Sequence[Run]) -> str:
 def write_curves(folder: str, runs: Sequence[Run], every: int) -> None:
     """Write loss and sharpness (of every so many steps): a TensorBoard run for each rate, so that they share a chart."""
     for run in runs:
-        with SummaryWriter(f"{folder}/lr={short(run.lr)}") as writer:
+        with SummaryWriter(
+            f"{folder}/lr={short(run.lr)}", purge_step=0
+        ) as writer:  # a resumed run has written them before
             for step, loss in enumerate(run.losses):
                 writer.add_scalar(
                     "sweep/loss_log10", math.log10(max(loss, FLOAT32)) if math.isfinite(loss) else loss, step

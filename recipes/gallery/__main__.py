@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from recipes.cli import short
 from recipes.gallery.browser import Browser
 from recipes.gallery.tensorboard import photograph, serve
+from recipes.output import short
 
 FOLDER = Path(__file__).resolve().parent
 SIZE, SCALE = (1120, 940), 1.3

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import distributed as dist
+
+if not dist.is_available():
+    pytest.skip("this torch is built without torch.distributed", allow_module_level=True)
+
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.instruments.conftest import Regression, batches, group, loader, read, trainer_of
 from tests.instruments.test_predictions import Classes
-from torchcalc.instruments import Instruments, Landscape, LearningRateRangeTest, Predictions
+from torchcalc.instruments import Instruments, Landscape, LearningRateRangeTest, Predictions, Sharpness
+from torchcalc.instruments.objective import Objective
 
 
 @pytest.mark.slow
@@ -57,3 +64,48 @@ def test_all_ranks_take_the_rate_that_rank_zero_found(tmp_path):
     trainer.fit(module := Regression(), loader())
     assert trainer.callback_metrics  # it ended
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+class Communicates(Regression):
+    """Its loss is the mean over all processes; as a step of a user may be."""
+
+    collective = "all_reduce"
+
+    def training_step(self, batch):
+        loss = super().training_step(batch)
+        total = loss.detach().clone()
+        if self.collective == "all_reduce":
+            dist.all_reduce(total)
+        elif self.collective == "barrier":
+            dist.barrier()
+        else:
+            total = torch.distributed._functional_collectives.all_reduce(total, "sum", dist.group.WORLD)
+        return loss + 0 * total
+
+
+@pytest.fixture
+def two_processes():
+    """As far as torch.distributed knows: in this one alone, where nobody would answer."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize("collective", ["all_reduce", "barrier", "functional"])
+def test_a_step_that_communicates_is_an_error(collective):
+    module = Communicates()
+    module.collective = collective
+    with pytest.raises(RuntimeError, match=r"Communicates.training_step calls .*which waits for the other processes"):
+        Objective(module)(batches()[0])
+    assert Objective(Regression())(batches()[0]).isfinite()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_sharpness_of_a_step_that_communicates(tmp_path):
+    """It is switched off; before, rank zero waited for an answer, and the others for rank zero."""
+    trainer = trainer_of(tmp_path, Sharpness(budget=None), strategy="ddp_spawn", devices=2, max_epochs=1)
+    trainer.fit(Communicates(), loader())
+    assert trainer.state.finished
+    assert not group(read(tmp_path), "sharpness")

@@ -66,6 +66,8 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "two": lambda: CombinedLoader([LOADERS["ours"](), DataLoader(Noisy(), 9, shuffle=True)], "max_size_cycle"),
     "worker": lambda: DataLoader(Noisy(), 4, shuffle=True, num_workers=1),
     "our worker": lambda: Loader(Noisy(), 4, num_workers=1),
+    "persistent": lambda: DataLoader(Noisy(), 4, shuffle=True, num_workers=1, persistent_workers=True),
+    "our persistent": lambda: Loader(Noisy(), 4, num_workers=1, persistent_workers=True),
 }
 
 
@@ -195,13 +197,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "validated every second epoch": dict(check_val_every_n_epoch=2),
     "by steps": dict(max_epochs=-1, max_steps=15),
 }
-SLOW = {"worker", "our worker"}
+SLOW = {"worker", "our worker", "persistent", "our persistent"}
 CASES = [("ours", point, 1, "") for point in POINTS]
 CASES += [(loader, "mid-epoch", 4, "") for loader in LOADERS]
 CASES += [("shuffled", "an epoch's first step", 1, ""), ("stream", "an epoch's first step", 1, "")]
 CASES += [("ours", "mid-epoch", 3, options) for options in OPTIONS]
 
 
+@pytest.mark.filterwarnings("ignore:persistent_workers=True. the workers are started anew in every epoch")
 @pytest.mark.parametrize(
     ("loader", "point", "every", "options"),
     [pytest.param(*case, marks=pytest.mark.slow if case[0] in SLOW else ()) for case in CASES],

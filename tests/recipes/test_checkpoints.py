@@ -109,3 +109,14 @@ def test_last_is_the_last_epoch_and_best_the_best(tmp_path, monkeypatch):
     assert steps == {"best": 4, "last": 12}
     main(["digits", "--ckpt_path=best", "--trainer.max_epochs=2", QUIET])
     assert sorted(file.name for file in tmp_path.rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_run_that_was_killed_before_it_saved(folder, capsys):
+    """``last`` is not that of the run before, which would pass for this one."""
+    run = folder / "runs/digits/version_1"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["digits", "--ckpt_path=last", QUIET])
+    says = "error: ckpt_path: the newest run, 'runs/digits/version_1', ended before it saved a checkpoint: leave ckpt_path "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(says)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recipes.__main__ import main
-from tests.recipes.conftest import BRIEF
+from tests.recipes.conftest import NAMES, brief
 
 RECIPES = "depth, descent, digits, language_model, learning_rate, regression"
 SGD = "optimizer: {class_path: torch.optim.SGD, init_args: {%s}}"
@@ -56,6 +56,10 @@ ARGUMENTS = [
     ),
     (["digits", "--trainer.max_epochs=-7"], "Trainer: `max_epochs` must be a non-negative integer or -1"),
     (["digits", "--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: there is no class 'EarlyStoping'"),
+    (
+        ["descent", "--trainer.logger=false", "--ckpt_path=last"],
+        "of the newest run, and trainer.logger=false keeps none",
+    ),
     (["digits", "--ckpt_path=nowhere.ckpt"], "ckpt_path: there is no file 'nowhere.ckpt'"),
     (["digits", f"--ckpt_path={__file__}"], "is no checkpoint, or was cut short"),
     (
@@ -63,6 +67,8 @@ ARGUMENTS = [
         "recipes.text.Text: file=nowhere.txt: No such file or directory; leave",
     ),
     (["language_model", f"--data.file={sys.executable}"], "is no text in UTF-8"),
+    (["language_model", "--data.file=/dev/null"], "file=/dev/null: 0 characters are too few"),
+    (["language_model", f"--data.file={os.getcwd()}"], f"file={os.getcwd()}: Is a directory; leave it out to learn"),
     (["language_model", f"--data.file={__file__}"], "characters are too few; twenty blocks of 4096 are needed"),
     (["language_model", "--data.vocabulary=100"], "vocabulary=100: must be at least 256, the bytes"),
     (["language_model", "--data.context=9999"], "context=9999: a part of the text has"),
@@ -139,6 +145,32 @@ def test_what_the_trainer_or_a_callback_refuses(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: GradientFlow: the trainer has no logger")
 
 
+def some_fast(*fast):
+    """All recipes, of which some are in the fast suite."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_checkpoint(name, capsys, monkeypatch, tmp_path):
+    (tmp_path / "noise.ckpt").write_bytes(bytes(range(256)))
+    for given, says in (
+        ("last", f"'last' is that of the newest run, but no run in 'runs/{name}' has a checkpoint"),
+        ("noise.ckpt", "'noise.ckpt' is no checkpoint, or was cut short"),
+    ):
+        error = refuse([name, f"--ckpt_path={given}"], capsys, monkeypatch, tmp_path).splitlines()[-1]
+        assert error == f"error: ckpt_path: {says}"
+
+
+@pytest.mark.parametrize("name", ["depth", "descent", "learning_rate", "regression"])
+def test_one_process(name, capsys, monkeypatch, tmp_path):
+    two = ["--trainer.devices=2", "--trainer.accelerator=cpu"]
+    error = refuse([name, *two], capsys, monkeypatch, tmp_path).splitlines()[-1]
+    assert (
+        error
+        == f"error: trainer.devices: {name} learns on one process; leave trainer.devices and trainer.num_nodes out"
+    )
+
+
 def one_error(argv, capsys):
     """Run a recipe that must fail; return its exit status and the last line it said."""
     with pytest.raises(SystemExit) as end:
@@ -147,7 +179,7 @@ def one_error(argv, capsys):
     return end.value.code, err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["digits", "descent"])
+@pytest.mark.parametrize("name", some_fast("descent", "digits"))
 def test_a_folder_that_cannot_be_written(name, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("a file")
@@ -158,7 +190,8 @@ def test_a_folder_that_cannot_be_written(name, capsys, monkeypatch, tmp_path):
     assert (tmp_path / "runs").read_text() == "a file"
 
 
-def test_a_full_disk(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", some_fast("digits"))
+def test_a_full_disk(name, capsys, monkeypatch, tmp_path):
     save = torch.save
 
     def full(content, file):
@@ -167,9 +200,9 @@ def test_a_full_disk(capsys, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "save", full)
-    code, error = one_error(["digits", *BRIEF, "--trainer.enable_progress_bar=false"], capsys)
+    code, error = one_error([*brief(name), "--trainer.enable_progress_bar=false"], capsys)
     assert code == 2
-    assert error.startswith("error: No space left on device: 'runs/digits/version_0/checkpoints/last.ckpt'; if it is")
+    assert error.startswith(f"error: No space left on device: 'runs/{name}/version_0/checkpoints/last.ckpt'; if it is")
 
 
 def test_traceback_on_request(monkeypatch):

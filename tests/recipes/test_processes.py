@@ -42,3 +42,6 @@ def test_two_processes_as_one(name, strategy, tmp_path):
         # Sums in another order; Adam divides by the gradient's size, which lets that show.
         torch.testing.assert_close(weights(runs[1]), weights(runs[0]), rtol=1e-3, atol=1e-4)
     assert two.stdout.count("TensorBoard ") == 1  # one process reports
+    again = run_recipe(tmp_path / "two", name, QUIET, "--ckpt_path=last")  # with the run's own settings
+    assert "warning: no step was made: the checkpoint has all" in again.stderr
+    assert [run.name for run in (tmp_path / "two/runs" / name).iterdir()] == ["version_0"]

@@ -56,14 +56,16 @@ class Lit(LightningModule):
 LOADERS = {"ours": lambda: Loader(sentences(), 8, seed=1), "torch's": lambda: DataLoader(sentences(), 4, shuffle=True)}
 
 
-def fit(folder: Path, strategy: Any, loader: str, die_at: int = -1, ckpt_path: str | None = None) -> dict[str, Any]:
+def fit(
+    folder: Path, strategy: Any, loader: str, die_at: int = -1, ckpt_path: str | None = None, saves: bool = True
+) -> dict[str, Any]:
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed((3 if ckpt_path is None else 4) + dist.get_rank())
     module = Lit(die_at)
     trainer = Trainer(
         accelerator="cpu", devices=dist.get_world_size(), strategy=strategy(), max_epochs=3, logger=False,
-        enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[ExactResume(folder, every_n_steps=2, every_seconds=None)],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=saves,
+        callbacks=[ExactResume(folder, every_n_steps=2, every_seconds=None)] * saves,
     )  # fmt: skip
     trainer.fit(module, LOADERS[loader](), ckpt_path=ckpt_path)
     weights = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in module.state_dict().items()}
@@ -76,6 +78,8 @@ def exact_resume(folder: Path) -> None:
     for kind, loader in [("ddp", "ours"), ("ddp", "torch's"), ("fsdp2", "ours")]:
         whole, killed = (folder / f"{kind} {loader}" / name for name in ("whole", "killed"))
         expected = fit(whole, kinds[kind], loader)
+        alone = fit(whole, kinds[kind], loader, saves=False)
+        same(alone, expected, f"{kind}, without a checkpoint")
         with contextlib.suppress(Killed):
             fit(killed, kinds[kind], loader, die_at=5)
         dist.barrier()

@@ -107,3 +107,9 @@ def test_a_replay_is_transparent():
         loader.nothing  # noqa: B018
     with pytest.raises(TypeError):
         len(Replay(iter([])))
+
+
+def test_persistent_workers_are_named():
+    loader = torch.utils.data.DataLoader(Noisy(), 4, num_workers=1, persistent_workers=True)
+    with pytest.warns(UserWarning, match="persistent_workers=True: the workers are started anew in every epoch"):
+        Replay(loader)

@@ -36,7 +36,10 @@ from torchcalc.instruments.loops import (
     Watched,
     add_results,
     forget_from,
+    in_pieces,
+    load_loaders,
     nothing_is_half_done,
+    other_dtypes,
     results,
 )
 from torchcalc.resume.files import newest, publish, temporary
@@ -64,7 +67,7 @@ class ExactResume(ModelCheckpoint):
         dirpath: the folder of ``last.ckpt``; None: ``checkpoints`` in the folder of the trainer's first logger.
         every_n_steps: save at every n-th optimizer step, ≥ 1; None: the clock alone decides.
         every_seconds: save when so much time has gone by, ≥ 0; None: every_n_steps alone decides. The start and the end of
-            the training are saved in any case.
+            the training are saved in any case; with FSDP2, which saves pieces, the first step in place of the start.
         quiet: do not say how to go on, because the caller does.
 
     Raises:
@@ -91,6 +94,7 @@ class ExactResume(ModelCheckpoint):
         self._trainer: Trainer | None = None
         self._clean = ""  # what the checkpoint that is being written is: "batch" or "end"; "": somebody else's
         self._loaded: dict[str, Any] | None = None  # what a checkpoint said, until training goes on from it
+        self._rounded: dict[str, Any] | None = None  # weights that were loaded into a narrower dtype than they have
         self._results: dict[str, Any] = {}  # of the epoch so far, until they are logged again
         self._at = (-1, -1)  # epoch and batch of the last moment between batches
         self._saved, self._saved_at = -1, -math.inf  # step and time
@@ -170,6 +174,8 @@ class ExactResume(ModelCheckpoint):
         if not loop._accumulated_batches_reached():
             return
         step = steps_of(trainer)
+        if step == 0 and in_pieces(trainer):
+            return  # to save an optimizer that has no state yet, torch lets it take a step, which Adam would count
         by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
         by_clock = self.every_seconds is not None and time.monotonic() - self._saved_at >= self.every_seconds
         due, stop = self._agree(trainer, self._saved < 0 or by_step or by_clock, self._signal or 0)
@@ -189,17 +195,12 @@ class ExactResume(ModelCheckpoint):
 
     def _save(self, trainer: Trainer, clean: str) -> None:
         self._clean = clean
-        strategy = trainer.strategy
-        in_pieces = (
-            getattr(strategy, "_save_distributed_checkpoint", False)
-            or getattr(strategy, "_state_dict_type", "") == "sharded"
-        )
         try:
-            if in_pieces:
+            if in_pieces(trainer):
                 trainer.save_checkpoint(temporary(self.path), weights_only=False)
                 if trainer.is_global_zero:
                     publish(temporary(self.path), self.path)
-                strategy.barrier()
+                trainer.strategy.barrier()
             else:
                 trainer.save_checkpoint(self.path, weights_only=False)
         finally:
@@ -223,6 +224,8 @@ class ExactResume(ModelCheckpoint):
         """Keep what :meth:`on_save_checkpoint` added; begin TensorBoard's curves anew from the step of the checkpoint."""
         if trainer.state.fn != "fit" or KEY not in checkpoint:
             return
+        saved = checkpoint.get("state_dict", {})  # none, where the strategy saves pieces
+        self._rounded = saved if other_dtypes(saved, pl_module.state_dict()) else None
         self._loaded = {**checkpoint[KEY], "loops": checkpoint["loops"]["fit_loop"]}
         step = self._loaded["loops"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         step = step if self._loaded["clean"] else max(step, checkpoint["global_step"])
@@ -230,8 +233,16 @@ class ExactResume(ModelCheckpoint):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 forget_from(logger.experiment, step)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load weights again: with precision="64-true" Lightning widens the module when float32 holds them already."""
+        if self._rounded is not None:
+            pl_module.load_state_dict(self._rounded, strict=pl_module.strict_loading)
+            self._rounded = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Catch signals; tell Lightning that nothing is half done."""
+        """Catch signals; tell Lightning where the loaders are, and that nothing is half done."""
+        if self._loaded is not None:
+            load_loaders(trainer)
         if self._loaded is not None and self._loaded["clean"]:
             nothing_is_half_done(trainer)
         if self._trainer is not None and threading.current_thread() is threading.main_thread():
@@ -282,7 +293,7 @@ class ExactResume(ModelCheckpoint):
         self._handlers = {}
         if self._process is not None:
             trainer.strategy.process_dataloader = self._process  # type: ignore[method-assign,assignment]
-        self._process = self._trainer = self._loaded = None
+        self._process = self._trainer = self._loaded = self._rounded = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning calls no teardown then."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,17 @@ from lightning.pytorch import Trainer
 from torchcalc.resume.files import save
 from torchcalc.resume.loader import Replay
 
-__all__ = ["AtomicCheckpointIO", "Watched", "add_results", "forget_from", "nothing_is_half_done", "results"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "Watched",
+    "add_results",
+    "forget_from",
+    "in_pieces",
+    "load_loaders",
+    "nothing_is_half_done",
+    "other_dtypes",
+    "results",
+]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -70,6 +80,34 @@ class Watched:
 
     def load_state_dict(self, state: Any) -> None:
         self.loader.load_state_dict(state)
+
+
+def in_pieces(trainer: Trainer) -> bool:
+    """Tell whether the strategy saves a folder, in which every process has its file."""
+    strategy = trainer.strategy
+    distributed = getattr(strategy, "_save_distributed_checkpoint", False)
+    return bool(distributed or getattr(strategy, "_state_dict_type", "") == "sharded")
+
+
+def load_loaders(trainer: Trainer) -> None:
+    """Give the train loaders their states where they were made before the checkpoint was read.
+
+    Lightning makes them when a module asks for ``trainer.estimated_stepping_batches``, and forgets the states then.
+    """
+    fit_loop = trainer.fit_loop
+    states = fit_loop._combined_loader_states_to_load
+    if states and fit_loop.restarting:  # not between epochs
+        assert fit_loop._combined_loader is not None and fit_loop._data_fetcher is not None
+        fit_loop._combined_loader._load_state_dicts(states)
+        fit_loop._combined_loader_states_to_load = []
+        iter(fit_loop._data_fetcher)  # makes iterators that begin there
+
+
+def other_dtypes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Tell whether loading one state dict into the other rounds; an extra state need not be a tensor."""
+    return any(
+        getattr(value, "dtype", None) != getattr(here.get(name, value), "dtype", None) for name, value in saved.items()
+    )
 
 
 def nothing_is_half_done(trainer: Trainer) -> None:

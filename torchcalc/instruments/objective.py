@@ -3,12 +3,15 @@
 ``training_step`` is what knows the loss, but it also logs and updates metrics. Here it does neither: ``log`` is silenced, and
 the states of torchmetrics are put back. Whatever else it changes, on ``self`` or elsewhere, it changes here too; a module
 whose ``training_step`` does so, or that optimizes manually, can name another method.
+
+Of several processes one evaluates, while the others wait for it. A collective operation in ``training_step`` would wait for
+them in turn, for ever: it is an error instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import Metric
 
 __all__ = ["Objective", "batch_of", "check_objective"]
@@ -33,11 +38,13 @@ class Objective(nn.Module):
 
     Raises:
         ValueError: when called, if the method returns no scalar tensor.
+        RuntimeError: when called, if the method communicates with other processes.
     """
 
     def __init__(self, module: LightningModule, method: str = "training_step") -> None:
         super().__init__()
         self.module, self.method = module, method
+        self.watched = False  # the first evaluation is: they are alike, and watching costs time
 
     def forward(self, batch: Any) -> Tensor:
         """The loss of a batch."""
@@ -46,8 +53,11 @@ class Objective(nn.Module):
         dataloader_idx = (
             {"dataloader_idx": 0} if is_param_in_hook_signature(step, "dataloader_idx", explicit=True) else {}
         )
-        with silent(self.module):
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        watch = Alone(f"{type(self.module).__name__}.{self.method}") if several and not self.watched else nullcontext()
+        with silent(self.module), watch:
             found = step(batch, *batch_idx, **dataloader_idx)
+        self.watched = True
         loss = found.get("loss") if isinstance(found, Mapping) else found
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -55,6 +65,23 @@ class Objective(nn.Module):
                 f"{type(self.module).__name__}.{self.method} returned {what}: it must return a scalar loss"
             )
         return loss.reshape(())
+
+
+class Alone(TorchDispatchMode):
+    """Refuse collective operations inside: nobody answers them."""
+
+    def __init__(self, who: str) -> None:
+        super().__init__()
+        self.who = who
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, unless it is one of torch.distributed."""
+        if func.namespace in ("c10d", "_c10d_functional"):
+            raise RuntimeError(
+                f"{self.who} calls {func}, which waits for the other processes, but one measures alone: communicate in "
+                "on_train_batch_start, or name a method that does not: objective='...'"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def no_target(output: Tensor, target: object) -> Tensor:

@@ -148,7 +148,8 @@ class Sharpness(Instrument):
     above that of all. Weights, buffers, metrics, random numbers and ``.grad`` are left as they are; what else
     ``training_step`` does in Python, such as appending to a list, happens once more at each evaluation. A measurement needs the
     memory of about nine copies of the weights, twelve with Adam's preconditioner, and one is kept in between. Under DDP rank zero
-    measures, of its own batch, and the others wait; ``training_step`` must not communicate. For optimizers that
+    measures, of its own batch, and the others wait: it is switched off where ``training_step`` communicates with them (do that in
+    ``on_train_batch_start``). For optimizers that
     :func:`~torchcalc.convergence.stability_limit` does not know, the plain Hessian's λ is all there is.
 
     Args:

@@ -11,6 +11,7 @@ remembers the generators' states at the start of the epoch, and a resume draws a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -189,8 +190,9 @@ class Replay:
     """Any iterable of batches, made stateful: a resume iterates anew, from the same random state, up to where it was.
 
     Batches that have been trained on are loaded once more and dropped. It is exact where what is loaded follows from the
-    generators of torch, NumPy and Python as they are when the epoch begins, in workers too (not with ``persistent_workers``,
-    whose generators go on from epoch to epoch).
+    generators of torch, NumPy and Python as they are when the epoch begins, in workers too. Those of a DataLoader with
+    ``persistent_workers`` would go on with random states of their own, which nobody can read: they are started anew in every
+    epoch, with a warning. A :class:`Loader` keeps them.
 
     Args:
         loader: the iterable, such as a ``DataLoader`` with a sampler of its own or with an IterableDataset.
@@ -209,6 +211,12 @@ class Replay:
     """
 
     def __init__(self, loader: Iterable[Any], ahead: bool = False) -> None:
+        if getattr(loader, "persistent_workers", False):
+            warnings.warn(
+                "persistent_workers=True: the workers are started anew in every epoch, since no checkpoint can hold their "
+                "random states; torchcalc.resume.Loader keeps them",
+                stacklevel=2,
+            )
         self.loader, self.ahead = loader, ahead
         self.position = 0  #: how many batches of this epoch have been handed out
         self._start: dict[str, Any] | None = None  # the generators when the epoch began; None: it has not
@@ -242,6 +250,7 @@ class Replay:
         if self._start is None:
             self.position = 0
             self._start = {"global": now, "own": [each.get_state() for each in self._generators()]}
+        _end_workers(self.loader)
         set_rng_state(self._start["global"])
         for generator, state in zip(self._generators(), self._start["own"], strict=True):
             generator.set_state(state)
@@ -272,3 +281,10 @@ class Replay:
         """
         self.position, self._start, self._before = int(state["position"]), state["start"], state["before"]
         self._resumed = True
+
+
+def _end_workers(loader: Any) -> None:
+    """Let a DataLoader with persistent workers start new ones, as Lightning does when a fit ends."""
+    if getattr(loader, "persistent_workers", False) and (workers := getattr(loader, "_iterator", None)) is not None:
+        workers._shutdown_workers()
+        loader._iterator = None
