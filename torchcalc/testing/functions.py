@@ -40,6 +40,7 @@ from torchcalc.testing.registry import Check, Kind, select
 from torchcalc.testing.report import Finding, Report
 from torchcalc.testing.runs import Tell, play, run
 from torchcalc.testing.settings import left_alone, restore, settings
+from torchcalc.testing.storage import of_torch
 from torchcalc.testing.subject import CALLERS_DEVICE, Subject, make_subject
 
 __all__ = ["assert_function", "assert_loss", "check_function", "check_loss"]
@@ -178,14 +179,34 @@ def _check(
     return run(job, select(kinds, include, exclude, compile), **how)
 
 
+#: What the checks of second and higher derivatives are called, and that which takes backward twice for forward mode.
+HIGHER = (
+    "adjoint",
+    "second derivative",
+    "derivative by grad_output",
+    "third derivative",
+    "forward over reverse",
+    "hessian",
+)
+
+
 def explained(subject: Subject, finding: Finding) -> Finding:
-    """The finding with the place of the backward; a note, where it is torch that drops a derivative."""
+    """The finding with the place of the backward; a note, where it is torch's mistake, or declared."""
     if finding.verdict != "error":
         return finding
     kind = opaque(subject.given)
-    if kind and "silently zero" in finding.cause and finding.check in ("adjoint", "forward mode", "func.jvp"):
-        text = f"through {kind} torch gives no tangent, and says nothing: forward mode is zero\n{finding.diagnosis}"
-        return replace(finding, verdict="note", diagnosis=text)
+    silent = "silently zero" in finding.cause
+    soft = ""
+    if kind and silent and finding.check in ("adjoint", "forward mode", "func.jvp"):
+        soft = f"through {kind} torch gives no tangent, and says nothing: forward mode is zero"
+    elif subject.once and silent and finding.check in HIGHER:
+        soft = (
+            "its backward is declared once_differentiable: torch raises, or leaves the second derivative out silently"
+        )
+    elif of_torch(subject.given):
+        soft = "in a function of torch itself"
+    if soft:
+        return replace(finding, verdict="note", diagnosis=f"{soft}\n{finding.diagnosis}")
     if not subject.backward_at:
         return finding
     text = f"{finding.diagnosis}\n{subject.backward_at}"

@@ -17,16 +17,13 @@ from torchcalc.testing.layouts import alike
 from torchcalc.testing.numeric import flat, replaced, slack
 from torchcalc.testing.registry import Skip
 from torchcalc.testing.report import Finding, Verdict
-from torchcalc.testing.storage import of_torch
 from torchcalc.testing.subject import CLEAR, Subject
 
 
 def blame(
     subject: Subject, inputs: Sequence[Any], needed: Sequence[int], v: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> Verdict:
-    """An error, but a note where the function is torch's own, or has the gradient of its reference."""
-    if of_torch(subject.given):
-        return "note"
+    """An error, but a note where the function has the gradient of its reference."""
     if subject.reference is None:
         return "error"
     try:

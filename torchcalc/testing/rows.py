@@ -12,11 +12,11 @@ from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import element_slopes, slopes_along
-from torchcalc.testing.numeric import chosen, flat, need_derivatives, of_input, replaced, slack, spread_out
+from torchcalc.testing.numeric import chosen, flat, need_derivatives, of_input, replaced, slack, spread_out, tolerance
 from torchcalc.testing.regions import handed
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import custom, of_torch
+from torchcalc.testing.storage import custom
 from torchcalc.testing.subject import CLEAR, Subject, normal, said
 
 
@@ -171,6 +171,14 @@ def at_point(subject: Subject, inputs: Sequence[Any], i: int, where: str) -> Fin
     # at a kink any mean of slopes is as good, also of those along other directions, as where equal elements are sorted
     across = slopes_along(of_input(subject, inputs, i), x, normal(x, 83))
     sharp = bool(slopes.kink.any() or across.kink.any())
+    if (
+        len(indices) == x.numel() and across.usable.all() and bool(use.all())
+    ):  # or the slopes do not add up, as of a median
+        weights = flat(subject.incoming(outputs)).detach()
+        gap = (value * normal(x, 83)).sum() - weights @ across.value
+        sharp = sharp or float(gap.abs()) > float(
+            (allowed * normal(x, 83).abs()).sum() + weights.abs() @ tolerance(across)
+        )
     sides = torch.cat([slopes.left.abs(), slopes.right.abs(), across.left.abs(), across.right.abs()])
     bound = 2 * x.numel() * float(sides.max()) if sharp else 0.0
     kink = torch.full_like(x, sharp and bound == bound, dtype=torch.bool)
@@ -184,7 +192,7 @@ def at_point(subject: Subject, inputs: Sequence[Any], i: int, where: str) -> Fin
     if found is None:
         return Finding("")
     cause = "not finite" if not bool(grad[known].isfinite().all()) else found.cause
-    soft = of_torch(subject.given) or (cause == "not finite" and not custom(outputs))
+    soft = cause == "not finite" and not custom(outputs)
     return replace(
         found, verdict="note" if soft else found.verdict, cause=f"wrong {where}" + (f": {cause}" if cause else "")
     )

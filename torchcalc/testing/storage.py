@@ -15,16 +15,32 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
 
 from torchcalc.testing.contract import agree
+from torchcalc.testing.handed import opaque
 from torchcalc.testing.numeric import need_derivatives, unsupported
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.subject import CLEAR, Subject, pull, said, same
+from torchcalc.testing.subject import CLEAR, Subject, is_float, pull, said, same
 
 
 @check("function", "mutation")
 def mutation(subject: Subject) -> Finding | None:
-    """Forward and backward write to no input and to no grad_output."""
-    inputs = subject.leaves(subject.floats(), subject.wrt)
+    """Forward and backward write to no input and to no grad_output, be the numbers small or large."""
+    for scale in (1.0, 100.0, -0.01, 0.0):
+        inputs = [x * scale if is_float(x) else x for x in subject.floats()]
+        try:
+            found = written_to(subject, inputs)
+        except CLEAR:
+            if scale == 1.0:
+                raise
+            continue  # numbers that it does not take
+        if found is not None:
+            where = "" if scale == 1.0 else f", at {scale:g} times the example"
+            return replace(found, diagnosis=found.diagnosis + where)
+    return None
+
+
+def written_to(subject: Subject, inputs: Sequence[Any]) -> Finding | None:
+    inputs = subject.leaves(inputs, subject.wrt)
     mutable = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
     before = [x.clone() if isinstance(x, Tensor) else x for x in mutable]
     with torch.no_grad():
@@ -185,16 +201,24 @@ def custom(outputs: Sequence[Tensor]) -> bool:
 
 
 def of_torch(fn: Any) -> bool:
-    """Whether a callable is torch's own, whose mistakes are not the caller's."""
+    """Whether a callable is torch's own throughout, whose mistakes are not the caller's."""
     while hasattr(fn, "func"):
         fn = fn.func
+    if opaque(fn):
+        return str(getattr(fn, "namespace", "")) in ("aten", "prims") and not hasattr(fn, "_torchdynamo_orig_callable")
+    if isinstance(fn, torch.nn.Module):
+        hooks = [h for m in fn.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+        return all(map(made_by_torch, [*map(type, fn.modules()), *hooks]))
     owner = getattr(fn, "__self__", None)
     if isinstance(owner, type):  # Function.apply
         fn = owner
     elif inspect.isbuiltin(fn):
         return True
-    module = type(fn).__module__ if isinstance(fn, torch.nn.Module) else getattr(fn, "__module__", None)
-    return (module or "").partition(".")[0] == "torch"
+    return made_by_torch(fn)
+
+
+def made_by_torch(x: Any) -> bool:
+    return (getattr(x, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
