@@ -26,6 +26,7 @@ from torchcalc.testing.numeric import (
 )
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
+from torchcalc.testing.storage import own_rule
 from torchcalc.testing.subject import CLEAR, Subject, normal, pull, said
 
 
@@ -143,11 +144,12 @@ def forward_mode(subject: Subject) -> Finding | None:
     try:
         tangents = tangent(subject, inputs, u)
     except CLEAR as error:
-        return unsupported("forward mode", error)
+        found = unsupported("forward mode", error)
+        return replace(found, verdict="error", cause="its jvp raises") if own_rule(subject, "jvp") else found
     slopes = along_all(subject, inputs, u)
     shapes = subject.call(*inputs)
     pushed = [torch.zeros_like(y) if t is None else t for t, y in zip(tangents, shapes, strict=True)]
-    found = compare("tangent of the output", flat(pushed), slopes.value, tolerance(slopes), use=slopes.usable)
-    if found is not None and found.cause == "silently zero":
-        found = replace(found, cause="forward derivative silently zero")
-    return found or Finding("", figure=f"{int(slopes.usable.sum())} outputs")
+    wrong = compare("tangent of the output", flat(pushed), slopes.value, tolerance(slopes), use=slopes.usable)
+    if wrong is not None and wrong.cause == "silently zero":
+        wrong = replace(wrong, cause="forward derivative silently zero")
+    return wrong or Finding("", figure=f"{int(slopes.usable.sum())} outputs")

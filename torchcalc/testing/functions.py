@@ -31,6 +31,7 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
     targets,
     laws,
     recognised,
+    twins,
 )
 
 # isort: on

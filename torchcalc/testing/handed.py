@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch.utils._pytree import SequenceKey, keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 __all__ = [
     "backward_of",
@@ -123,7 +123,7 @@ def opened(
     if all(isinstance(x, Tensor) or not any(map(is_float, tree_leaves(x))) for x in inputs):
         return list(inputs), list(names), None
     found, spec = tree_flatten_with_path(tuple(inputs))
-    labels = [f"{names[path[0].idx]}{keystr(path[1:])}" for path, _ in found]
+    labels = [f"{names[cast(SequenceKey[Any], path[0]).idx]}{keystr(path[1:])}" for path, _ in found]
     return [x for _, x in found], labels, lambda leaves: tree_unflatten(list(leaves), spec)
 
 

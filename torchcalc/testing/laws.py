@@ -14,8 +14,8 @@ from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.numeric import quick, replaced, slack
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.subject import CLEAR, Subject, normal, said
-from torchcalc.testing.targets import classes, need, value
+from torchcalc.testing.subject import CLEAR, Subject, is_float, normal, said
+from torchcalc.testing.targets import classes, need, samples, value
 
 
 def class_rows(subject: Subject) -> tuple[list[Any], int, int, int]:
@@ -182,6 +182,32 @@ def permuted(subject: Subject, inputs: Sequence[Any], i: int, t: int, c: int) ->
             part, "with the classes in reverse", [h.index_select(1, order)], [g], ("reversed", "as they are"), cause
         )
     return None if found is None else replace(found, verdict="note", cause=cause)
+
+
+@check("loss", "order of samples")
+def order_of_samples(subject: Subject) -> Finding | None:
+    """A mean or sum over samples does not depend on their order; a note, for that of a sequence may."""
+    if subject.random:
+        raise Skip("random")
+    inputs = subject.floats()
+    n = samples(subject, inputs)
+    if n < 3:
+        raise Skip("fewer than three samples")
+    many = {i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.dim() and x.shape[0] == n}
+    labels = {i for i in many if not is_float(inputs[i])}
+    y = value(subject, inputs)
+    if y.dim():
+        raise Skip("no number for all samples together")
+    found = None
+    for moved in (many, {subject.wrt[0]} | labels, {subject.wrt[0], 1} & many):  # a weight may have as many rows
+        try:
+            z = value(subject, [x.roll(1, 0) if i in moved else x for i, x in enumerate(inputs)])
+        except CLEAR:
+            continue
+        found = compare("loss", z, y, slack(subject, y), names=("with samples rotated", "as they are"))
+        if found is None:
+            return None
+    return None if found is None else replace(found, verdict="note", cause="the order of the samples matters")
 
 
 @check("loss", "targets out of range")
