@@ -303,6 +303,7 @@ MISSING = [
         (x,),
         "hessian",
         "second derivative silently zero",
+        "note",  # declared
     ),
     Defect(
         "grad_output detached",

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import slopes_along
+from torchcalc.testing.handed import own_rule
 from torchcalc.testing.numeric import (
     Inputs,
     along_all,
@@ -26,7 +27,6 @@ from torchcalc.testing.numeric import (
 )
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import own_rule
 from torchcalc.testing.subject import CLEAR, Subject, normal, pull, said
 
 
@@ -145,7 +145,8 @@ def forward_mode(subject: Subject) -> Finding | None:
         tangents = tangent(subject, inputs, u)
     except CLEAR as error:
         found = unsupported("forward mode", error)
-        return replace(found, verdict="error", cause="its jvp raises") if own_rule(subject, "jvp") else found
+        with_graph = subject.call(*subject.leaves(inputs, subject.wrt))
+        return replace(found, verdict="error", cause="its jvp raises") if own_rule(with_graph, "jvp") else found
     slopes = along_all(subject, inputs, u)
     shapes = subject.call(*inputs)
     pushed = [torch.zeros_like(y) if t is None else t for t, y in zip(tangents, shapes, strict=True)]

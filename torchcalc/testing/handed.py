@@ -22,6 +22,7 @@ __all__ = [
     "name_of",
     "opaque",
     "opened",
+    "own_rule",
     "parameters_of",
     "refuse",
 ]
@@ -114,6 +115,12 @@ def declared_once(outputs: Sequence[Tensor]) -> bool:
     """Whether a backward is declared once_differentiable."""
     wrapper = once_differentiable(name_of).__code__
     return any(getattr(function.backward, "__code__", None) is wrapper for function in functions_of(outputs))
+
+
+def own_rule(outputs: Sequence[Tensor], name: str) -> bool:
+    """Whether a custom Function of the graph has a rule of its own of that name: vmap, jvp."""
+    plain = getattr(torch.autograd.Function, name)
+    return any(getattr(function, name) is not plain for function in functions_of(outputs))
 
 
 def opened(

@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
 
 from torchcalc.testing.contract import agree
-from torchcalc.testing.handed import functions_of, opaque
+from torchcalc.testing.handed import opaque
 from torchcalc.testing.numeric import need_derivatives, unsupported
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
@@ -233,13 +233,6 @@ def nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
         if isinstance(node, BackwardCFunction):
             yield node
         todo += [n for n, _ in node.next_functions]
-
-
-def own_rule(subject: Subject, name: str) -> bool:
-    """Whether a custom Function of the graph has a rule of its own of that name: vmap, jvp."""
-    outputs = subject.call(*subject.leaves(subject.floats(), subject.wrt))
-    plain = getattr(torch.autograd.Function, name)
-    return any(getattr(function, name) is not plain for function in functions_of(outputs))
 
 
 @check("function", "raw gradients")

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchcalc.testing.contract import agree
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import least_scale, slopes_along
+from torchcalc.testing.handed import own_rule
 from torchcalc.testing.numeric import (
     Scalar,
     magnitude,
@@ -28,7 +29,6 @@ from torchcalc.testing.numeric import (
 )
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import own_rule
 from torchcalc.testing.subject import CLEAR, Subject, dense, dot, normal, pull
 
 
@@ -148,7 +148,7 @@ def vmap(subject: Subject) -> Finding | None:
             results = torch.func.vmap(per_sample(subject), dims)(*stacks)
         except CLEAR as error:
             refused = refused or replace(unsupported("vmap", error), figure=f"not supported {where}")
-            if not own_rule(subject, "vmap"):
+            if not own_rule(subject.call(*subject.leaves(inputs, subject.wrt)), "vmap"):
                 continue
             try:  # its rule may be right, and backward be no subject for vmap
                 results = torch.func.vmap(subject.call, dims)(*stacks)
