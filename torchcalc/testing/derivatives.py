@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import slopes_along
-from torchcalc.testing.handed import own_rule
+from torchcalc.testing.graph import own_rule
 from torchcalc.testing.numeric import (
     Inputs,
     along_all,

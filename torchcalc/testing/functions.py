@@ -36,12 +36,11 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
 
 # isort: on
 from torchcalc.testing.belongings import untouched
-from torchcalc.testing.handed import opaque
+from torchcalc.testing.graph import of_torch, opaque
 from torchcalc.testing.registry import Check, Kind, select
 from torchcalc.testing.report import Finding, Report
 from torchcalc.testing.runs import Tell, play, run
 from torchcalc.testing.settings import left_alone, restore, settings
-from torchcalc.testing.storage import of_torch
 from torchcalc.testing.subject import CALLERS_DEVICE, Subject, make_subject
 
 __all__ = ["assert_function", "assert_loss", "check_function", "check_loss"]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from torchcalc.testing.diagnosis import COARSE, FINE, pattern
 from torchcalc.testing.differences import NEAREST, Slopes, slopes_along
+from torchcalc.testing.graph import custom
 from torchcalc.testing.layouts import alike
 from torchcalc.testing.numeric import flat, replaced, slack
 from torchcalc.testing.registry import Skip
 from torchcalc.testing.report import Finding, Verdict
-from torchcalc.testing.storage import custom
 from torchcalc.testing.subject import CLEAR, Subject
 
 

@@ -1,28 +1,22 @@
-"""What is handed in: how it is called, what of it is refused, and where its backward stands."""
+"""What is handed in: how it is called, and what of it is refused."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import SequenceKey, keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 __all__ = [
-    "backward_of",
-    "declared_once",
     "is_float",
     "module_call",
     "name_of",
-    "opaque",
     "opened",
-    "own_rule",
     "parameters_of",
     "refuse",
 ]
@@ -89,40 +83,6 @@ def module_call(module: nn.Module, count: int) -> Callable[..., Any]:
     return call
 
 
-def functions_of(outputs: Sequence[Tensor]) -> Iterator[type[Any]]:
-    """The classes of the custom Functions in the graph of the outputs, from the outputs on."""
-    nodes, seen = [y.grad_fn for y in outputs if y.grad_fn is not None], 0
-    while nodes and seen < 1000:
-        node, seen = nodes.pop(0), seen + 1
-        function = getattr(type(node), "_forward_cls", None)
-        if function is not None:
-            yield function
-        nodes += [n for n, _ in node.next_functions if n is not None]
-
-
-def backward_of(outputs: Sequence[Tensor]) -> str:
-    """Where the first backward in Python stands that the graph of the outputs comes to: "X.backward, file.py:12"."""
-    for function in functions_of(outputs):
-        method = vars(function).get("backward") or vars(function).get("vjp") or function.backward
-        with suppress(TypeError, OSError, AttributeError):
-            code = inspect.unwrap(getattr(method, "__func__", method)).__code__
-            if f"{torch.__path__[0]}/" not in code.co_filename:
-                return f"{function.__name__}.backward, {code.co_filename}:{code.co_firstlineno}"
-    return ""
-
-
-def declared_once(outputs: Sequence[Tensor]) -> bool:
-    """Whether a backward is declared once_differentiable."""
-    wrapper = once_differentiable(name_of).__code__
-    return any(getattr(function.backward, "__code__", None) is wrapper for function in functions_of(outputs))
-
-
-def own_rule(outputs: Sequence[Tensor], name: str) -> bool:
-    """Whether a custom Function of the graph has a rule of its own of that name: vmap, jvp."""
-    plain = getattr(torch.autograd.Function, name)
-    return any(getattr(function, name) is not plain for function in functions_of(outputs))
-
-
 def opened(
     inputs: Sequence[Any], names: Sequence[str]
 ) -> tuple[list[Any], list[str], Callable[[Sequence[Any]], Sequence[Any]] | None]:
@@ -132,11 +92,3 @@ def opened(
     found, spec = tree_flatten_with_path(tuple(inputs))
     labels = [f"{names[cast(SequenceKey[Any], path[0]).idx]}{keystr(path[1:])}" for path, _ in found]
     return [x for _, x in found], labels, lambda leaves: tree_unflatten(list(leaves), spec)
-
-
-def opaque(fn: Any) -> str:
-    """What the function is, if torch drops forward mode in it without a word; empty if not."""
-    if hasattr(fn, "_torchdynamo_orig_callable"):
-        return "a compiled function"
-    kinds = (torch._library.custom_ops.CustomOpDef, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-    return "an operator of torch.library" if isinstance(fn, kinds) else ""

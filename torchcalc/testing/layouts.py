@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from torchcalc.testing.contract import agree
+from torchcalc.testing.graph import custom
 from torchcalc.testing.numeric import need_derivatives, slack
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import custom
 from torchcalc.testing.subject import CLEAR, Subject, pull, said
 
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare
+from torchcalc.testing.graph import custom
 from torchcalc.testing.grid import blame, grid, on_grid, pointwise, reach
 from torchcalc.testing.numeric import along_all, first_order, flat, need_derivatives, replaced, tolerance
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import custom
 from torchcalc.testing.subject import CLEAR, Subject, dot, normal, said
 
 SCALES = (1e-8, 1e-5, 1e-3, 0.03, 0.25, 2.0, 5.0, -5.0, 20.0, 100.0, -1e3, 1e5)

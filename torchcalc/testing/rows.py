@@ -12,11 +12,11 @@ from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import element_slopes, slopes_along
+from torchcalc.testing.graph import custom
 from torchcalc.testing.numeric import chosen, flat, need_derivatives, of_input, replaced, slack, spread_out, tolerance
 from torchcalc.testing.regions import handed
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import custom
 from torchcalc.testing.subject import CLEAR, Subject, normal, said
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
 
 from torchcalc.testing.contract import agree
-from torchcalc.testing.handed import opaque
+from torchcalc.testing.graph import nodes
 from torchcalc.testing.numeric import need_derivatives, unsupported
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
@@ -193,46 +192,6 @@ def kept_on_node(subject: Subject) -> Finding | None:
 
 def vars_of(node: Any) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in getattr(node, "__dict__", {}).items() if not k.startswith("_")]
-
-
-def custom(outputs: Sequence[Tensor]) -> bool:
-    """Whether a custom Function is in the graph; without one, the derivatives are torch's own."""
-    return any(True for _ in nodes(outputs))
-
-
-def of_torch(fn: Any) -> bool:
-    """Whether a callable is torch's own throughout, whose mistakes are not the caller's."""
-    while hasattr(fn, "func"):
-        fn = fn.func
-    if opaque(fn):
-        return str(getattr(fn, "namespace", "")) in ("aten", "prims") and not hasattr(fn, "_torchdynamo_orig_callable")
-    if isinstance(fn, torch.nn.Module):
-        hooks = [h for m in fn.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-        return all(map(made_by_torch, [*map(type, fn.modules()), *hooks]))
-    owner = getattr(fn, "__self__", None)
-    if isinstance(owner, type):  # Function.apply
-        fn = owner
-    elif inspect.isbuiltin(fn):
-        return True
-    return made_by_torch(fn)
-
-
-def made_by_torch(x: Any) -> bool:
-    return (getattr(x, "__module__", None) or "").partition(".")[0] == "torch"
-
-
-def nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
-    """The custom Functions' nodes of the graph."""
-    todo: list[Any] = [y.grad_fn for y in outputs]
-    seen: set[Any] = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            yield node
-        todo += [n for n, _ in node.next_functions]
 
 
 @check("function", "raw gradients")

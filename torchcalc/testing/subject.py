@@ -18,16 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torchcalc.testing.handed import (
-    backward_of,
-    declared_once,
-    is_float,
-    module_call,
-    name_of,
-    opened,
-    parameters_of,
-    refuse,
-)
+from torchcalc.testing.graph import backward_of, declared_once
+from torchcalc.testing.handed import is_float, module_call, name_of, opened, parameters_of, refuse
 
 __all__ = ["Subject", "is_float", "make_subject", "name_of", "normal"]
 

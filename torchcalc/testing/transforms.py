@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchcalc.testing.contract import agree
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import least_scale, slopes_along
-from torchcalc.testing.handed import own_rule
+from torchcalc.testing.graph import own_rule
 from torchcalc.testing.numeric import (
     Scalar,
     magnitude,

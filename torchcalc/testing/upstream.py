@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare
+from torchcalc.testing.graph import custom
 from torchcalc.testing.numeric import need_derivatives
 from torchcalc.testing.registry import check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import custom
 from torchcalc.testing.subject import Subject, pull
 
 POWERS = (0, 2, 4, 6, 8, 10, 13, 16, 20, 24, 30, 40, 60, 100)
