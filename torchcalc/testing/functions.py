@@ -203,6 +203,8 @@ def explained(subject: Subject, finding: Finding) -> Finding:
         soft = (
             "its backward is declared once_differentiable: torch raises, or leaves the second derivative out silently"
         )
+    elif not subject.custom and finding.check in HIGHER and "not finite" in finding.cause:
+        soft = "a second derivative of torch itself"
     elif of_torch(subject.given):
         soft = "in a function of torch itself"
     if soft:

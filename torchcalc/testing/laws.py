@@ -86,6 +86,34 @@ def pos_weight(subject: Subject) -> Finding | None:
     return found if found.verdict == "error" else None
 
 
+@check("loss", "element weights")
+def element_weights(subject: Subject) -> Finding | None:
+    """weight of the input's shape multiplies the loss of each element by its own; a note, for it may be meant otherwise."""
+    need(subject, "weight", "reduction")
+    inputs = list(subject.floats())
+    x = inputs[subject.wrt[0]]
+    if (
+        len(inputs) != 2
+        or inputs[1].shape != x.shape
+        or not is_float(inputs[1])
+        or subject.option("weight") is not None
+    ):
+        raise Skip("no target of the input's shape, or weighted already")
+    each = subject.with_option(reduction="none")
+    w = normal(x, 77).abs()
+    try:
+        plain, weighted = value(each, inputs), value(each.with_option(weight=w), inputs)
+    except (*CLEAR, AttributeError) as error:
+        raise Skip(f"no weight for each element: {said(error)}") from error
+    if plain.shape != x.shape:
+        raise Skip("no loss of each element")
+    names = ("with weights", "weight times loss")
+    found = compare("loss of each element", weighted, w * plain, slack(subject, plain), names=names)
+    if found is None:
+        return None
+    return replace(found, verdict="note", cause="weight does not multiply the loss of its own element")
+
+
 @check("loss", "ignored rows")
 def ignored_rows(subject: Subject) -> Finding | None:
     """What an ignored row holds changes neither the loss nor any gradient, with smoothing, weights and either reduction."""

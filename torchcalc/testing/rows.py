@@ -55,7 +55,11 @@ def independent(
         except CLEAR:  # numbers that it does not take
             moved[k] = inputs[i][(k + 1) % n]
             others, (other,) = subject.gradients(replaced(inputs, i, moved), (i,))
-        pairs = [*((outputs[j], others[j]) for j in each), (grad, other)]
+        incoming = [v.clone() for v in subject.incoming(outputs)]
+        for j in each:  # a row that is a copy of another one depends on that, and no input of its own tells
+            incoming[j][k] *= -2
+        _, (back,) = subject.gradients(inputs, (i,), incoming=incoming)
+        pairs = [*((outputs[j], others[j]) for j in each), (grad, other), (grad, back)]
         if any(b is None or ((rest(a, k) - rest(b, k)).abs() > slack(subject, a)).any() for a, b in pairs):
             raise Skip("rows depend on each other")
     return n, rows, each, outputs, grad
@@ -164,6 +168,9 @@ def at_point(subject: Subject, inputs: Sequence[Any], i: int, where: str) -> Fin
         return None
     if not all(y.isfinite().all() for y in outputs):
         return None
+    if grad is not None and bool(grad.isnan().any()) and custom(outputs):
+        text = f"the gradient of {subject.label(i)} is NaN in {int(grad.isnan().sum())} elements {where}, the function finite"
+        return Finding("", "error", "NaN", text, f"wrong {where}: not finite")
     indices = chosen(x)
     slopes = element_slopes(of_input(subject, inputs, i), x, flat(subject.incoming(outputs)).detach(), indices)
     value, allowed, use = spread_out(slopes, x, indices)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torchcalc.testing.graph import backward_of, declared_once
+from torchcalc.testing.graph import backward_of, custom, declared_once
 from torchcalc.testing.handed import is_float, module_call, name_of, opened, parameters_of, refuse
 
 __all__ = ["Subject", "is_float", "make_subject", "name_of", "normal"]
@@ -87,6 +87,7 @@ class Subject:
     drifts: bool = False  # whether calls from one seed differ
     nest: Callable[[Sequence[Any]], Sequence[Any]] | None = None  # the caller's lists and dicts, of their leaves
     once: bool = False  # whether a backward is declared once_differentiable
+    custom: bool = True  # whether a custom Function is in its graph; without one, the derivatives are torch's own
 
     def fresh(self) -> Subject:
         """The same subject with inputs of its own."""
@@ -269,8 +270,10 @@ def probe(subject: Subject) -> Subject:
     wrt = tuple(i for i in subject.wrt if i not in refused)
     outputs = subject.call(*subject.leaves(subject.floats(), wrt))
     carrying = tuple(i for i in kept if outputs[i].requires_grad)
-    where, once = backward_of(outputs), declared_once(outputs)
-    return replace(subject, wrt=wrt, refused=refused, kept=carrying or kept, backward_at=where, once=once)
+    return replace(
+        subject, wrt=wrt, refused=refused, kept=carrying or kept, backward_at=backward_of(outputs),
+        once=declared_once(outputs), custom=custom(outputs),
+    )  # fmt: skip
 
 
 def raw(subject: Subject) -> Any:
