@@ -39,12 +39,13 @@ def twin(subject: Subject) -> Finding:
     if right is None or subject.random or subject.nest is not None:
         raise Skip("no loss of torch has its name and takes other inputs than the textbook's")
     takes = inspect.signature(right).parameters
-    shared = {n: subject.option(n) for n in takes if n not in ("reduction", "weight") and subject.has_option(n)}
+    mine = set(takes) - {"reduction", "weight", *subject.names}  # an input may have the name of an option: p
+    shared = {n: subject.option(n) for n in mine if subject.has_option(n)}
     first: tuple[str, str] | None = None
     equal = total = 0
     for how, inputs, options in probes(subject):
         told = {**shared, **options}
-        if not set(options) <= set(takes):
+        if not set(options) <= mine | {"reduction"}:
             continue
         varied = subject.with_option(**options) if options else subject
         try:
