@@ -221,7 +221,7 @@ OPTIONS = [
     d("batchmean over elements", called("kl_div", batchmean_of_all), (x.log_softmax(1), y.softmax(1)), "textbook",
       "batchmean is not over the rows"),
     d("triplet without a hinge", called("triplet_margin_loss", triplet), (x, y, normal(5, 4, seed=2)), "twin",
-      "not torch's triplet_margin_loss"),
+      "not torch's triplet_margin_loss", "note"),
     d("last block dropped", in_blocks, (logits, target), "order of samples", "the order of the samples matters", "note"),
     d("one weight for all", weighted_alike, (x, y), "element weights", "weight does not multiply", "note"),
 ]  # fmt: skip

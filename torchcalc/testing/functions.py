@@ -65,7 +65,8 @@ def check_function(
         fn: any callable: a function of torch, ``YourFunction.apply``, a module (whose parameters are differentiated
             too), a ``functools.partial``.
         *inputs: example arguments, tensors or anything else, small (up to some hundred numbers) and away from kinks;
-            they are copied, and the float ones are used in float64.
+            they are copied, and the float ones are used in float64. Lists and dicts that hold float tensors are opened:
+            ``wrt`` counts their leaves.
         reference: a trusted callable of the same arguments, to compare values, gradients and rounding with.
         wrt: indices of the inputs to differentiate; by default all float tensors. Leave out those whose derivative is
             meant to be missing.
