@@ -177,7 +177,7 @@ def large_logits(subject: Subject) -> Finding | None:
         found = compare(f"{what} at ±1e4 in float32", got.double(), right, allowed, names=("float32", "float64"))
         if found is not None:
             # squares of 1e4 that cancel lose digits, as those of a triplet loss: a weakness, where most digits stay
-            few = bool(((got.double() - right).abs().max() <= 0.01 * size))
+            few = bool((got.double() - right).abs().max() <= 0.01 * size)
             cause = f"unstable at large logits{': ' + found.cause if found.cause else ''}"
             return replace(found, verdict="note" if few else found.verdict, cause=cause)
     return None
