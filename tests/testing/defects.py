@@ -105,6 +105,26 @@ def centered(g: Tensor, a: Tensor) -> Tensor:
     return g  # right: g - g.mean(1, keepdim=True)
 
 
+def both(ctx: Any, a: Tensor) -> Any:
+    ctx.save_for_backward(a)
+    ctx.set_materialize_grads(False)
+    return a.sin(), a.exp()
+
+
+def of_both(ctx: Any, g: Tensor, h: Tensor) -> Tensor:
+    (a,) = ctx.saved_tensors
+    return g * a.cos() + h * a.exp()
+
+
+def softmax_slope(g: Tensor, a: Tensor) -> Tensor:
+    p = a.softmax(-1)
+    return p * (g - (g * p).sum(-1, keepdim=True))
+
+
+only_both = classic(both, of_both)
+vmap_at_0 = function(lambda a: a.softmax(-1), softmax_slope, vmap=lambda info, dims, a: (vmap_at_0(a), 0))
+jvp_raises = function(torch.sin, lambda g, a: g * a.cos(), jvp=lambda t, a: t[0] @ a)
+
 NUMBERS = [
     Defect("ratio 0.5", unary(lambda x: x, torch.square), (x,), "gradient", "constant ratio 0.5"),
     Defect("0.05 % off", unary(lambda x: 1.0005 * x.cos()), (x,), "gradient", "constant ratio 1.0005"),
@@ -297,12 +317,16 @@ MISSING = [
         "second derivative",
         "first derivative right, second derivative silently zero",
     ),
+    Defect("needs every output used", only_both, (x,), "outputs apart", "raises when only output 0 is used"),
+    Defect("own vmap loses a dimension", vmap_at_0, (x,), "vmap", "vmap differs from a loop"),
+    Defect("own jvp raises", jvp_raises, (x,), "forward mode", "its jvp raises"),
     Defect(
         "once_differentiable",
         classic(saving(cubed), once_differentiable(backward_once)),
         (x,),
         "hessian",
         "second derivative silently zero",
+        "note",  # declared
     ),
     Defect(
         "grad_output detached",

@@ -155,6 +155,76 @@ TEXTBOOK = [
     d("like a mean square", of_residual("distance", lambda r: r**2 + (r > 100) * 1.0), (x, y), "textbook",
       "mean squared error where input - target > 100", "note"),
 ]  # fmt: skip
+
+
+def cross_entropy_of(
+    mean: Loss = lambda each, w, kept: each.sum() / (w * kept).sum(), others: int = 0, weigh_total: bool = True
+) -> Loss:
+    """Cross-entropy with all its options; a mean of its own, or a smoothing over so many classes fewer."""
+
+    def fn(
+        a: Tensor, t: Tensor, weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:  # fmt: skip
+        kept = t != ignore_index
+        t = torch.where(kept, t, 0)
+        w = a.new_ones(a.shape[1]) if weight is None or (reduction == "sum" and not weigh_total) else weight.to(a.dtype)
+        logp = a.log_softmax(1)
+        hit = -w[t] * logp.gather(1, t[:, None])[:, 0]
+        spread = -(logp * w).sum(1) / (a.shape[1] - others)
+        each = kept * ((1 - label_smoothing) * hit + label_smoothing * spread)
+        return mean(each, w[t], kept) if reduction == "mean" else reduce(each, reduction)
+
+    return called("cross_entropy", fn)
+
+
+class LastClassClamped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, t: Tensor) -> Tensor:
+        ctx.save_for_backward(a.softmax(1), t)
+        return F.cross_entropy(a, t)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        p, t = ctx.saved_tensors
+        d = (p - F.one_hot(t, p.shape[1])) / len(t)
+        d[:, -1] = d[:, -1].clamp(min=0)
+        return g * d, None
+
+
+def batchmean_of_all(a: Tensor, t: Tensor, reduction: str = "mean") -> Tensor:
+    each = t * (t.log() - a)
+    return each.mean() if reduction == "batchmean" else reduce(each, reduction)
+
+
+def triplet(a: Tensor, p: Tensor, n: Tensor, margin: float = 1.0, reduction: str = "mean") -> Tensor:
+    return reduce((margin + (a - p).norm(dim=1) - (a - n).norm(dim=1)).abs(), reduction)
+
+
+def in_blocks(a: Tensor, t: Tensor) -> Tensor:
+    """The last block, which is not full, is dropped."""
+    whole = len(a) // 4 * 4
+    return F.cross_entropy(a[:whole], t[:whole], reduction="sum") / len(a)
+
+
+def weighted_alike(a: Tensor, b: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    return reduce((a - b) ** 4 * (1 if weight is None else weight.mean()), reduction)
+
+
+OPTIONS = [
+    d("weighted mean over samples", cross_entropy_of(lambda each, w, kept: each.sum() / kept.sum()), (logits, target),
+      "textbook", "with weight=weights"),
+    d("smoothing over one class fewer", cross_entropy_of(others=1), (logits, target), "textbook", "with label_smoothing=0.3"),
+    d("sum without weights", cross_entropy_of(weigh_total=False), (logits, target), "textbook", "sum of another loss"),
+    d("last class pushed up only", LastClassClamped.apply, (logits, target), "textbook",
+      "not the gradient of cross-entropy for class 2"),
+    d("batchmean over elements", called("kl_div", batchmean_of_all), (x.log_softmax(1), y.softmax(1)), "textbook",
+      "batchmean is not over the rows"),
+    d("triplet without a hinge", called("triplet_margin_loss", triplet), (x, y, normal(5, 4, seed=2)), "twin",
+      "not torch's triplet_margin_loss", "note"),
+    d("last block dropped", in_blocks, (logits, target), "order of samples", "the order of the samples matters", "note"),
+    d("one weight for all", weighted_alike, (x, y), "element weights", "weight does not multiply", "note"),
+]  # fmt: skip
 LAWS = [
     d("smoothing counts ignored rows", smoothing_counts_ignored, (logits, target), "ignored rows", "count with label_smoothing"),
     d("weights of ignored rows count", ignored_and_weighted, (logits, target), "ignored rows", "ignored targets count"),
@@ -169,4 +239,4 @@ LAWS = [
     d("the last class never learnt", never(2), (logits, target), "classes", "class 2 is never learnt"),
     d("class 0 counts twice", first_class_twice, (logits, target), "classes", "the order of the classes matters", "note"),
 ]  # fmt: skip
-DEFECTS_OF_LOSSES = [row for row in (*TEXTBOOK, *LAWS) if row.verdict != "ok"]
+DEFECTS_OF_LOSSES = [row for row in (*TEXTBOOK, *OPTIONS, *LAWS) if row.verdict != "ok"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.testing.defects import Defect, Grads, classic, function, unary
@@ -34,6 +35,11 @@ def rows(forward: Grads, backward: Grads) -> Grads:
         return out
 
     return classic(run, lambda ctx, g: backward(g, *ctx.saved_tensors))
+
+
+def first(a: Tensor, count: int) -> Tensor:
+    """1 for so many elements, 0 for the others."""
+    return (torch.arange(a.numel()) < count).view(a.shape).to(a.dtype)
 
 
 def softmax_backward(g: Tensor, a: Tensor, p: Tensor) -> Tensor:
@@ -156,9 +162,25 @@ UPSTREAMS = [
         "upstream sizes", f"{UPSTREAM}one of mixed sizes",
     ),
     Defect("normalised above a norm", upstream(lambda g: g / (g.norm() / 1e3).clamp(min=1)), (x,), "upstream sizes", UPSTREAM),
+    Defect("nan_to_num of NaN", upstream(lambda g: g.nan_to_num(0, torch.inf, -torch.inf)), (x,), "upstream sizes",
+           "nan in grad_output is taken for a number"),
 ]  # fmt: skip
 
+REFERENCE = [
+    Defect("normalised without eps", lambda a: a / a.norm(dim=1, keepdim=True), (x,), "reference elsewhere",
+           "where input 0 (a) is zero: not finite", options=dict(reference=F.normalize)),
+    Defect("a table that ends", lambda a: a.clamp(-3, 3).exp(), (x / 4,), "reference elsewhere", "not the reference",
+           options=dict(reference=torch.exp)),
+]  # fmt: skip
+
+
 SPECIAL = [
+    Defect("clamps its input when it is large", lambda a: (a.data.clamp_(-50, 50), a.sin())[1], (x,), "mutation",
+           "input mutated"),
+    Defect("x^1.5 by a quotient", function(lambda a: a.abs() ** 1.5, lambda g, a: g * 1.5 * a.abs() ** 1.5 / a), (x,),
+           "zeros", "wrong where input 0 is zero: not finite"),
+    Defect("a block of 1,024", function(torch.sin, lambda g, a: g * a.cos() * first(a, 1024)), (x,), "gradient elsewhere",
+           "elements from number 1024 on are wrong"),
     Defect("third derivative zero", Zeroed.apply, (x,), "third derivative", "third derivative"),
     Defect("one row", function(torch.square, lambda g, a: 2 * g * a * (1.5 if a.shape[0] == 1 else 1)), (x,),
            "numbers of rows", "wrong for 1 row: constant ratio 1.5"),
@@ -194,4 +216,4 @@ SPECIAL = [
     ),
 ]  # fmt: skip
 
-DEFECTS_IN_REGIONS = [d for d in (*NARROW, *UPSTREAMS, *SPECIAL) if d.verdict != "ok"]
+DEFECTS_IN_REGIONS = [d for d in (*NARROW, *UPSTREAMS, *REFERENCE, *SPECIAL) if d.verdict != "ok"]

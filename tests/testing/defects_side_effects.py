@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import random
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -144,4 +148,9 @@ DEFECTS_BESIDE = [
       "changes hooks of all modules"),
     d("hooks of saved tensors", doing(lambda a: saved_tensors_hooks(lambda t: t, lambda t: t).__enter__()),
       "changes the hooks of saved tensors"),
+    d("environment", doing(lambda a: os.environ.update(A_PLANTED_NAME="1")), "changes the environment"),
+    d("filters of warnings", doing(lambda a: warnings.filterwarnings("ignore", "planted")), "changes the filters of warnings"),
+    d("level of logging", doing(lambda a: logging.disable(logging.CRITICAL)), "changes the level of logging"),
+    d("denormals", doing(lambda a: torch.set_flush_denormal(True)), "changes the flushing of denormal numbers"),
+    d("recursion limit", doing(lambda a: sys.setrecursionlimit(12345)), "changes the recursion limit"),
 ]  # fmt: skip

@@ -158,6 +158,36 @@ class AliasesStart(PlainSGD):
         p.add_(g + 0.1 * (p - start), alpha=-group["lr"])
 
 
+class LosesTheFirst(PlainSGD):
+    def update(self, i: int, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        if self.state[p].setdefault("seen", False):
+            super().update(i, p, g, group)
+        self.state[p]["seen"] = True
+
+
+class ForgetsAtANewLr(PlainAdam):
+    def update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if state.get("lr", group["lr"]) != group["lr"]:
+            state["exp_avg"] = torch.zeros_like(p)
+        super().update(p, g, group)
+        state["lr"] = group["lr"]
+
+
+class FirstDtype(PlainSGD):
+    """Steps in the dtype of the first parameter."""
+
+    def update(self, i: int, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        super().update(i, p, g.to(group["params"][0].dtype).to(p.dtype), group)
+
+
+class RowsOf128(PlainSGD):
+    def update(self, i: int, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        if p.dim() == 2:
+            g = torch.cat([g[:128], torch.zeros_like(g[128:])])
+        super().update(i, p, g, group)
+
+
 #: (name, class, reference, options, check, verdict, part of the cause)
 OVER_TIME: tuple[tuple[str, Any, Any, dict[str, Any], str, str, str], ...] = tuple(
     (name, cls, getattr(torch.optim, "SGD" if issubclass(cls, PlainSGD) else "Adam"), options, check, verdict, cause)
@@ -197,6 +227,11 @@ OVER_TIME: tuple[tuple[str, Any, Any, dict[str, Any], str, str, str], ...] = tup
          "error", "changes deterministic algorithms"),
         ("matmul precision", before_each(lambda: torch.set_float32_matmul_precision("medium")), {}, "side effects",
          "error", "changes the precision of float32 matmul"),
+        ("first step lost", LosesTheFirst, {}, "steady", "note", "the first step does nothing"),
+        ("a new lr ends the momentum", ForgetsAtANewLr, {}, "changed lr", "note", "a new lr changes what is remembered"),
+        ("dtype of the first parameter", FirstDtype, {}, "mixed dtypes", "error", ""),
+        ("rows beyond 128", RowsOf128, {}, "large tensors", "error", "stand still"),
+        ("noise", gradient(lambda g: g + 1e-5 * torch.randn_like(g)), {}, "side effects", "note", "its steps have noise"),
         ("a log that grows", Logs, {}, "steady", "note", "grows with every step"),
     )
 )  # fmt: skip

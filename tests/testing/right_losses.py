@@ -31,6 +31,22 @@ def pairs(a: Tensor, b: Tensor) -> Tensor:
     return (F.cross_entropy(similar, index) + F.cross_entropy(similar.mT, index)) / 2
 
 
+def z_loss(a: Tensor, t: Tensor, ignore_index: int = -100) -> Tensor:
+    """That of rows of log-probabilities is their negative log-likelihood."""
+    kept = t != ignore_index
+    pull = (a.logsumexp(1).square() * kept).sum()
+    return (F.cross_entropy(a, t, ignore_index=ignore_index, reduction="sum") + 0.01 * pull) / kept.sum()
+
+
+def triplet_loss(a: Tensor, p: Tensor, n: Tensor, margin: float = 0.2) -> Tensor:
+    """FaceNet's, of squared distances."""
+    return ((a - p).square().sum(1) - (a - n).square().sum(1) + margin).relu().mean()
+
+
+def kl_div(a: Tensor, t: Tensor, reduction: str = "mean") -> Tensor:
+    return reduce(t * (t.log() - a), reduction)
+
+
 def focal(a: Tensor, t: Tensor, gamma: float = 2.0, reduction: str = "mean") -> Tensor:
     logp = a.log_softmax(1).gather(1, t[:, None])[:, 0]
     return reduce(-((1 - logp.exp()) ** gamma) * logp, reduction)
@@ -112,5 +128,17 @@ RIGHT_LOSSES = [
     loss("smooth L1", nn.SmoothL1Loss(beta=0.3), x, y),
     loss("bce", nn.BCELoss(), unit(3, 4), labels),
     loss("squared margin", lambda a, t: F.multi_margin_loss(a, t, p=2), logits, target),
+    loss(
+        "CTC",
+        nn.CTCLoss(),
+        normal(6, 2, 4).log_softmax(2),
+        classes(2, 3, high=3) + 1,
+        torch.tensor([6, 6]),
+        torch.tensor([3, 2]),
+    ),
+    loss("soft margin", nn.SoftMarginLoss(), x, signs(3, 4), wrt=(0,)),
+    loss("z-loss and ignored", z_loss, logits, target),
+    loss("squared triplet", triplet_loss, x, y, normal(3, 4, seed=2)),
+    loss("KL without batchmean", kl_div, x.log_softmax(1), y.softmax(1)),
     loss("masked", lambda a, b, m: ((a - b) ** 2 * m).sum() / m.sum(), x, y, normal(3, 4, seed=5) > 0),
 ]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tests.testing.right import Right, f, normal, positive, unit
@@ -218,4 +219,46 @@ MODULES = table(
     ("spectral norm in eval", nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).eval(), x),
     ("instance norm", nn.InstanceNorm1d(3), normal(2, 3, 5)),
 )
-UNUSUAL = [*PLAIN, *SCALES, *LINEAR_ALGEBRA, *INDICES, *POINTS, *MODULES]
+
+
+class DeclaredOnce(Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return a.sin()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+
+def heron(a: Tensor) -> Tensor:
+    """A square root by Heron's steps, which are chaotic below 0."""
+    root = torch.ones_like(a)
+    for _ in range(30):
+        root = (root + a / root) / 2
+    return root
+
+
+def first_row_copied(a: Tensor) -> Tensor:
+    b = a * 2
+    b[0] = b[1]
+    return b.exp()
+
+
+DECLARED = table(
+    ("median", lambda a: a.median(1).values, x),
+    ("complex spectrum", torch.fft.rfft, x),
+    ("declared once_differentiable", DeclaredOnce.apply, x),
+    ("Heron's square root", heron, positive(5)),
+    ("a row that is a copy", first_row_copied, x),
+    ("polygamma", lambda a: torch.polygamma(1, a), positive(5)),
+    ("weight norm", nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), x),
+    ("dict of inputs", lambda d: d["a"] * d["b"].sin(), ({"a": x, "b": y},)),
+    ("list of inputs", lambda parts, k: torch.cat(parts).tanh() * k, ([x, y], 2)),
+    ("a Function of several outputs", lambda a: {"sum": a.sum(0), "parts": [a.sin(), (a.exp(), a.argmax())]}, x),
+    ("cosine similarity", lambda a, b: F.cosine_similarity(a, b), (x, y)),
+    ("Cox", lambda a: (a - a.logcumsumexp(0)).sum(), x[:, 0]),
+)
+UNUSUAL = [*DECLARED, *PLAIN, *SCALES, *LINEAR_ALGEBRA, *INDICES, *POINTS, *MODULES]

@@ -188,29 +188,24 @@ def test_a_refusal_of_any_kind_is_a_refusal(error: type[Exception]) -> None:
 
 
 def test_a_modules_own_parameters_are_not_tried_in_other_shapes() -> None:
-    shapes = set()
-
     class Watches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.rand(3, 3))
 
         def forward(self, x: Tensor) -> Tensor:
-            shapes.add(tuple(self.weight.shape))
+            if self.weight.shape != (3, 3):
+                pytest.fail(f"tried with a weight of {tuple(self.weight.shape)}")  # no Exception: no check catches it
             return x * self.weight
 
     check_function(Watches(), torch.rand(3, 3), exclude=["vmap"], progress=False)
-    assert shapes == {(3, 3)}
 
 
 @pytest.mark.parametrize("kind", ["function", "loss"])
 def test_a_default_device_reaches_the_function_but_not_the_checks(kind: str) -> None:
-    seen = set()
-
-    note = seen.add  # the set itself would be put back
-
     def fn(x: Tensor, y: Tensor) -> Tensor:
-        note(torch.zeros(1).device.type)
+        if torch.zeros(1).device.type != "meta":
+            pytest.fail("a call under another default device")  # no Exception: no check catches it
         return (x - y).square().mean()
 
     inputs = torch.rand(4, device="cpu"), torch.rand(4, device="cpu")
@@ -221,4 +216,3 @@ def test_a_default_device_reaches_the_function_but_not_the_checks(kind: str) -> 
     finally:
         torch.set_default_device(None)  # "cpu" would leave a mode, which changes what torch's own functions check
     assert report, str(report)
-    assert seen == {"meta"}

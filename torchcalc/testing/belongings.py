@@ -1,7 +1,7 @@
 """What of the caller's a subject can reach, and everything in it as it was before the checks.
 
-Found are the parameters, buffers, hooks and flags of modules, and the tensors, lists, dicts, sets and objects in a
-function's closure, defaults and globals, in a partial, behind a bound method, and on an autograd.Function's class.
+Put back are the parameters, buffers, hooks and flags of modules, tensors, lists, dicts, sets, the fields of objects and
+classes, and the names of a function's closure and globals.
 """
 
 from __future__ import annotations
@@ -15,113 +15,81 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchcalc.testing.reach import own, walk
+
 __all__ = ["untouched"]
 
 Undo = Callable[[], None]
-MOST = 10_000  # objects that are looked at: a subject may hold a data set
 
 
 @contextlib.contextmanager
 def untouched(*things: Any) -> Iterator[None]:
     """Whatever of these, and of what they reach, is changed inside, is put back at the end."""
-    found = _Walk()
-    for thing in things:
-        found.visit(thing)
+    reached = [x for _, x in walk(*things)]  # all is found before anything is called
+    undo = [undo for x in reached for undo in undoing(x)]
     try:
         yield
     finally:
-        for undo in found.undo:
-            undo()
+        for put_back in undo:
+            put_back()
 
 
-class _Walk:
-    """A walk over what can be reached; ``undo`` is what puts it back."""
+def undoing(x: Any) -> Iterator[Undo]:
+    """What puts an object back as it is now, without what it holds."""
+    if isinstance(x, Tensor):
+        yield _tensor(x)
+    elif isinstance(x, nn.Module):
+        yield _module(x)
+    elif isinstance(x, types.FunctionType):
+        yield from _function(x)
+    elif isinstance(x, list | dict | set):
+        yield _container(x)
+    elif own(x if isinstance(x, type) else type(x)) and hasattr(x, "__dict__"):
+        yield _fields(x)
 
-    def __init__(self) -> None:
-        self.seen: dict[int, Any] = {}
-        self.undo: list[Undo] = []
 
-    def visit(self, x: Any) -> None:
-        if id(x) in self.seen or len(self.seen) >= MOST or isinstance(x, str | bytes | int | float | types.ModuleType):
-            return
-        self.seen[id(x)] = x
-        if isinstance(x, Tensor):
-            self.undo.append(_tensor(x))
-        elif isinstance(x, nn.Module):
-            self.module(x)
-        elif isinstance(x, functools.partial):
-            self.each(x.func, *x.args, *x.keywords.values())
-        elif isinstance(x, types.MethodType):
-            self.each(x.__self__, x.__func__)
-        elif isinstance(x, types.FunctionType):
-            self.function(x)
-        elif isinstance(x, list | dict | set):
-            self.undo.append(_container(x))
-            self.each(*(x.values() if isinstance(x, dict) else x))
-        elif isinstance(x, tuple):
-            self.each(*x)
-        elif isinstance(x, type):
-            if issubclass(x, torch.autograd.Function) and not x.__module__.startswith("torch."):
-                self.fields(x)
-        elif not type(x).__module__.startswith(("torch.", "builtins", "numpy")) and hasattr(x, "__dict__"):
-            self.fields(x)
+def _module(module: nn.Module) -> Undo:
+    own = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
 
-    def each(self, *xs: Any) -> None:
-        for x in xs:
-            self.visit(x)
+    def undo() -> None:
+        for name in [name for name in vars(module) if name not in own]:
+            del vars(module)[name]
+        for name, value in own.items():
+            there = vars(module).get(name)
+            if isinstance(value, dict) and isinstance(there, dict):
+                if (
+                    there != value
+                    if name.endswith("hooks")
+                    else list(map(id, there.values())) != list(map(id, value.values()))
+                ):
+                    there.clear()
+                    there.update(value)
+            elif there is not value:
+                vars(module)[name] = value
 
-    def module(self, module: nn.Module) -> None:
-        for part in module.modules():
-            self.seen[id(part)] = part
-            own = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(part).items()}
+    return undo
 
-            def undo(part: nn.Module = part, own: dict[str, Any] = own) -> None:
-                for name in [name for name in vars(part) if name not in own]:
-                    del vars(part)[name]
-                for name, value in own.items():
-                    there = vars(part).get(name)
-                    if isinstance(value, dict) and isinstance(there, dict):
-                        if (
-                            there != value
-                            if name.endswith("hooks")
-                            else list(map(id, there.values())) != list(map(id, value.values()))
-                        ):
-                            there.clear()
-                            there.update(value)
-                    elif there is not value:
-                        vars(part)[name] = value
 
-            self.undo.append(undo)
-            self.each(*part._parameters.values(), *part._buffers.values())
-            self.each(*(v for k, v in vars(part).items() if not k.startswith("_")))
+def _function(fn: types.FunctionType) -> Iterator[Undo]:
+    for cell in fn.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            yield functools.partial(setattr, cell, "cell_contents", cell.cell_contents)
+    for name in fn.__code__.co_names:
+        if name in fn.__globals__:
+            yield functools.partial(fn.__globals__.__setitem__, name, fn.__globals__[name])
 
-    def function(self, fn: types.FunctionType) -> None:
-        if f"{torch.__path__[0]}/" in fn.__code__.co_filename:
-            return  # torch.compile's wrapper and its like: what they hold is torch's
-        for cell in fn.__closure__ or ():
-            with contextlib.suppress(ValueError):  # an empty cell
-                value = cell.cell_contents
-                self.undo.append(functools.partial(setattr, cell, "cell_contents", value))
-                self.visit(value)
-        self.each(*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())
-        for name in fn.__code__.co_names:
-            if name in fn.__globals__:
-                value = fn.__globals__[name]
-                self.undo.append(functools.partial(fn.__globals__.__setitem__, name, value))
-                self.visit(value)
 
-    def fields(self, x: Any) -> None:
-        own = {k: v for k, v in vars(x).items() if not k.startswith("__") and not callable(v)}
+def _fields(x: Any) -> Undo:
+    old = {k: v for k, v in vars(x).items() if not k.startswith("__") and not callable(v)}
+    settable = not any(isinstance(v, property | staticmethod | classmethod) for v in old.values())
 
-        def undo() -> None:
-            for name, value in own.items():
-                if vars(x).get(name) is not value:
-                    with contextlib.suppress(AttributeError):  # frozen
-                        setattr(x, name, value)
+    def undo() -> None:
+        for name, value in old.items() if settable else ():
+            if vars(x).get(name) is not value:
+                with contextlib.suppress(AttributeError):  # frozen
+                    setattr(x, name, value)
 
-        if not any(isinstance(v, property | staticmethod | classmethod) for v in own.values()):
-            self.undo.append(undo)
-        self.each(*vars(x).values())
+    return undo
 
 
 def _tensor(x: Tensor) -> Undo:

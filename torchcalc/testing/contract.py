@@ -13,7 +13,7 @@ from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.numeric import need_derivatives, slack
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.subject import CLEAR, Subject, pull, same
+from torchcalc.testing.subject import CLEAR, Subject, pull, said, same
 
 Grads = Sequence[Tensor | None]
 
@@ -79,6 +79,36 @@ def subsets(subject: Subject) -> Finding | None:
         if found is not None:
             return found
     return None
+
+
+@check("function", "outputs apart")
+def outputs_apart(subject: Subject) -> Finding | None:
+    """Backward from one output alone works, whichever it is, and those of all outputs add up to that from all together."""
+    need_derivatives(subject)
+    inputs = subject.floats()
+    leaves = subject.leaves(inputs, subject.wrt)
+    outputs = subject.call(*leaves)
+    if len(outputs) < 2:
+        raise Skip("one output")
+    xs = [leaves[i] for i in subject.wrt]
+    incoming = subject.incoming(outputs)
+    together = pull(outputs, xs, incoming)
+    total = [torch.zeros_like(x) for x in xs]
+    for k, (y, v) in enumerate(zip(outputs, incoming, strict=True)):
+        try:
+            parts = pull([y], xs, [v])
+        except Exception as error:  # with all outputs it worked
+            return Finding(
+                "",
+                "error",
+                "raised",
+                f"backward from output {k}: {said(error)}",
+                f"raises when only output {k} is used",
+            )
+        total = [t if g is None else t + g for t, g in zip(total, parts, strict=True)]
+    expected = [torch.zeros_like(x) if g is None else g for g, x in zip(together, xs, strict=True)]
+    cause = "wrong when one output alone is used"
+    return agree(subject, "summed over outputs", total, expected, ("one by one", "together"), cause)
 
 
 @check("function", "no_grad")

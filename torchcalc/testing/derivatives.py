@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import slopes_along
+from torchcalc.testing.graph import own_rule
 from torchcalc.testing.numeric import (
     Inputs,
     along_all,
@@ -143,11 +144,13 @@ def forward_mode(subject: Subject) -> Finding | None:
     try:
         tangents = tangent(subject, inputs, u)
     except CLEAR as error:
-        return unsupported("forward mode", error)
+        found = unsupported("forward mode", error)
+        with_graph = subject.call(*subject.leaves(inputs, subject.wrt))
+        return replace(found, verdict="error", cause="its jvp raises") if own_rule(with_graph, "jvp") else found
     slopes = along_all(subject, inputs, u)
     shapes = subject.call(*inputs)
     pushed = [torch.zeros_like(y) if t is None else t for t, y in zip(tangents, shapes, strict=True)]
-    found = compare("tangent of the output", flat(pushed), slopes.value, tolerance(slopes), use=slopes.usable)
-    if found is not None and found.cause == "silently zero":
-        found = replace(found, cause="forward derivative silently zero")
-    return found or Finding("", figure=f"{int(slopes.usable.sum())} outputs")
+    wrong = compare("tangent of the output", flat(pushed), slopes.value, tolerance(slopes), use=slopes.usable)
+    if wrong is not None and wrong.cause == "silently zero":
+        wrong = replace(wrong, cause="forward derivative silently zero")
+    return wrong or Finding("", figure=f"{int(slopes.usable.sum())} outputs")

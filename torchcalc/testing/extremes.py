@@ -12,12 +12,12 @@ from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import element_slopes, slopes_along
+from torchcalc.testing.graph import custom
 from torchcalc.testing.layouts import elementwise
 from torchcalc.testing.numeric import flat, need_derivatives, of_input, replaced, slack, tolerance
 from torchcalc.testing.precision import short
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import custom
 from torchcalc.testing.subject import CLEAR, Subject, is_float
 
 POINTS = (0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 6.0, -6.0)

@@ -31,11 +31,12 @@ from torchcalc.testing import (  # noqa: F401  they register their checks, in th
     targets,
     laws,
     recognised,
+    twins,
 )
 
 # isort: on
 from torchcalc.testing.belongings import untouched
-from torchcalc.testing.handed import opaque
+from torchcalc.testing.graph import of_torch, opaque
 from torchcalc.testing.registry import Check, Kind, select
 from torchcalc.testing.report import Finding, Report
 from torchcalc.testing.runs import Tell, play, run
@@ -64,7 +65,8 @@ def check_function(
         fn: any callable: a function of torch, ``YourFunction.apply``, a module (whose parameters are differentiated
             too), a ``functools.partial``.
         *inputs: example arguments, tensors or anything else, small (up to some hundred numbers) and away from kinks;
-            they are copied, and the float ones are used in float64.
+            they are copied, and the float ones are used in float64. Lists and dicts that hold float tensors are opened:
+            ``wrt`` counts their leaves.
         reference: a trusted callable of the same arguments, to compare values, gradients and rounding with.
         wrt: indices of the inputs to differentiate; by default all float tensors. Leave out those whose derivative is
             meant to be missing.
@@ -178,14 +180,36 @@ def _check(
     return run(job, select(kinds, include, exclude, compile), **how)
 
 
+#: What the checks of second and higher derivatives are called, and that which takes backward twice for forward mode.
+HIGHER = (
+    "adjoint",
+    "second derivative",
+    "derivative by grad_output",
+    "third derivative",
+    "forward over reverse",
+    "hessian",
+)
+
+
 def explained(subject: Subject, finding: Finding) -> Finding:
-    """The finding with the place of the backward; a note, where it is torch that drops a derivative."""
+    """The finding with the place of the backward; a note, where it is torch's mistake, or declared."""
     if finding.verdict != "error":
         return finding
     kind = opaque(subject.given)
-    if kind and "silently zero" in finding.cause and finding.check in ("adjoint", "forward mode", "func.jvp"):
-        text = f"through {kind} torch gives no tangent, and says nothing: forward mode is zero\n{finding.diagnosis}"
-        return replace(finding, verdict="note", diagnosis=text)
+    silent = "silently zero" in finding.cause
+    soft = ""
+    if kind and silent and finding.check in ("adjoint", "forward mode", "func.jvp"):
+        soft = f"through {kind} torch gives no tangent, and says nothing: forward mode is zero"
+    elif subject.once and silent and finding.check in HIGHER:
+        soft = (
+            "its backward is declared once_differentiable: torch raises, or leaves the second derivative out silently"
+        )
+    elif not subject.custom and finding.check in HIGHER and "not finite" in finding.cause:
+        soft = "a second derivative of torch itself"
+    elif of_torch(subject.given):
+        soft = "in a function of torch itself"
+    if soft:
+        return replace(finding, verdict="note", diagnosis=f"{soft}\n{finding.diagnosis}")
     if not subject.backward_at:
         return finding
     text = f"{finding.diagnosis}\n{subject.backward_at}"

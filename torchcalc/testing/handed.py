@@ -1,18 +1,25 @@
-"""What is handed in: how it is called, what of it is refused, and where its backward stands."""
+"""What is handed in: how it is called, and what of it is refused."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import SequenceKey, keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
 
-__all__ = ["backward_of", "is_float", "module_call", "name_of", "opaque", "parameters_of", "refuse"]
+__all__ = [
+    "is_float",
+    "module_call",
+    "name_of",
+    "opened",
+    "parameters_of",
+    "refuse",
+]
 
 
 def is_float(x: Any) -> bool:
@@ -64,9 +71,9 @@ def module_call(module: nn.Module, count: int) -> Callable[..., Any]:
     names = [n for n, _ in module.named_parameters()]
 
     def call(*inputs: Any) -> Any:
-        dtype = next((x.dtype for x in inputs if is_float(x)), torch.float32)
+        dtype = next((x.dtype for x in tree_leaves(inputs) if is_float(x)), torch.float32)
         buffers = {
-            n: b.to(dtype, copy=True) if is_float(b) and is_float(inputs[0]) else b.clone()
+            n: b.to(dtype, copy=True) if is_float(b) and is_float(tree_leaves(inputs)[0]) else b.clone()
             for n, b in module.named_buffers()
         }
         state = {**buffers, **dict(zip(names, inputs[count:], strict=True))}
@@ -76,25 +83,12 @@ def module_call(module: nn.Module, count: int) -> Callable[..., Any]:
     return call
 
 
-def backward_of(outputs: Sequence[Tensor]) -> str:
-    """Where the first backward in Python stands that the graph of the outputs comes to: "X.backward, file.py:12"."""
-    nodes, seen = [y.grad_fn for y in outputs if y.grad_fn is not None], 0
-    while nodes and seen < 1000:
-        node, seen = nodes.pop(0), seen + 1
-        function = getattr(type(node), "_forward_cls", None)
-        if function is not None:
-            method = vars(function).get("backward") or vars(function).get("vjp") or function.backward
-            with suppress(TypeError, OSError, AttributeError):
-                code = inspect.unwrap(getattr(method, "__func__", method)).__code__
-                if f"{torch.__path__[0]}/" not in code.co_filename:
-                    return f"{function.__name__}.backward, {code.co_filename}:{code.co_firstlineno}"
-        nodes += [n for n, _ in node.next_functions if n is not None]
-    return ""
-
-
-def opaque(fn: Any) -> str:
-    """What the function is, if torch drops forward mode in it without a word; empty if not."""
-    if hasattr(fn, "_torchdynamo_orig_callable"):
-        return "a compiled function"
-    kinds = (torch._library.custom_ops.CustomOpDef, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-    return "an operator of torch.library" if isinstance(fn, kinds) else ""
+def opened(
+    inputs: Sequence[Any], names: Sequence[str]
+) -> tuple[list[Any], list[str], Callable[[Sequence[Any]], Sequence[Any]] | None]:
+    """(inputs, their names, what makes the arguments of them): lists and dicts that hold float tensors as their leaves."""
+    if all(isinstance(x, Tensor) or not any(map(is_float, tree_leaves(x))) for x in inputs):
+        return list(inputs), list(names), None
+    found, spec = tree_flatten_with_path(tuple(inputs))
+    labels = [f"{names[cast(SequenceKey[Any], path[0]).idx]}{keystr(path[1:])}" for path, _ in found]
+    return [x for _, x in found], labels, lambda leaves: tree_unflatten(list(leaves), spec)

@@ -14,8 +14,8 @@ from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.numeric import quick, replaced, slack
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.subject import CLEAR, Subject, normal, said
-from torchcalc.testing.targets import classes, need, value
+from torchcalc.testing.subject import CLEAR, Subject, is_float, normal, said
+from torchcalc.testing.targets import classes, need, samples, value
 
 
 def class_rows(subject: Subject) -> tuple[list[Any], int, int, int]:
@@ -84,6 +84,34 @@ def pos_weight(subject: Subject) -> Finding | None:
     weighted = subject.with_option(pos_weight=w)
     found = quick(weighted, inputs, " with pos_weight")
     return found if found.verdict == "error" else None
+
+
+@check("loss", "element weights")
+def element_weights(subject: Subject) -> Finding | None:
+    """weight of the input's shape multiplies the loss of each element by its own; a note, for it may be meant otherwise."""
+    need(subject, "weight", "reduction")
+    inputs = list(subject.floats())
+    x = inputs[subject.wrt[0]]
+    if (
+        len(inputs) != 2
+        or inputs[1].shape != x.shape
+        or not is_float(inputs[1])
+        or subject.option("weight") is not None
+    ):
+        raise Skip("no target of the input's shape, or weighted already")
+    each = subject.with_option(reduction="none")
+    w = normal(x, 77).abs()
+    try:
+        plain, weighted = value(each, inputs), value(each.with_option(weight=w), inputs)
+    except (*CLEAR, AttributeError) as error:
+        raise Skip(f"no weight for each element: {said(error)}") from error
+    if plain.shape != x.shape:
+        raise Skip("no loss of each element")
+    names = ("with weights", "weight times loss")
+    found = compare("loss of each element", weighted, w * plain, slack(subject, plain), names=names)
+    if found is None:
+        return None
+    return replace(found, verdict="note", cause="weight does not multiply the loss of its own element")
 
 
 @check("loss", "ignored rows")
@@ -182,6 +210,32 @@ def permuted(subject: Subject, inputs: Sequence[Any], i: int, t: int, c: int) ->
             part, "with the classes in reverse", [h.index_select(1, order)], [g], ("reversed", "as they are"), cause
         )
     return None if found is None else replace(found, verdict="note", cause=cause)
+
+
+@check("loss", "order of samples")
+def order_of_samples(subject: Subject) -> Finding | None:
+    """A mean or sum over samples does not depend on their order; a note, for that of a sequence may."""
+    if subject.random:
+        raise Skip("random")
+    inputs = subject.floats()
+    n = samples(subject, inputs)
+    if n < 3:
+        raise Skip("fewer than three samples")
+    many = {i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.dim() and x.shape[0] == n}
+    labels = {i for i in many if not is_float(inputs[i])}
+    y = value(subject, inputs)
+    if y.dim():
+        raise Skip("no number for all samples together")
+    found = None
+    for moved in (many, {subject.wrt[0]} | labels, {subject.wrt[0], 1} & many):  # a weight may have as many rows
+        try:
+            z = value(subject, [x.roll(1, 0) if i in moved else x for i, x in enumerate(inputs)])
+        except CLEAR:
+            continue
+        found = compare("loss", z, y, slack(subject, y), names=("with samples rotated", "as they are"))
+        if found is None:
+            return None
+    return None if found is None else replace(found, verdict="note", cause="the order of the samples matters")
 
 
 @check("loss", "targets out of range")

@@ -176,5 +176,8 @@ def large_logits(subject: Subject) -> Finding | None:
         allowed = 1e-3 * size + rounding if what == "loss" else rounding * size + 1e-6
         found = compare(f"{what} at ±1e4 in float32", got.double(), right, allowed, names=("float32", "float64"))
         if found is not None:
-            return replace(found, cause=f"unstable at large logits{': ' + found.cause if found.cause else ''}")
+            # squares of 1e4 that cancel lose digits, as those of a triplet loss: a weakness, where most digits stay
+            few = bool((got.double() - right).abs().max() <= 0.01 * size)
+            cause = f"unstable at large logits{': ' + found.cause if found.cause else ''}"
+            return replace(found, verdict="note" if few else found.verdict, cause=cause)
     return None

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare, worst
+from torchcalc.testing.graph import custom
 from torchcalc.testing.numeric import need_derivatives
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding, Verdict
-from torchcalc.testing.storage import custom
 from torchcalc.testing.subject import CLEAR, Subject, is_float, normal, pull, said
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)

@@ -24,6 +24,11 @@ from torchcalc.testing.textbook import FAMILIES, Family
 
 NEUTRAL = ("loss", "fn", "func", "function", "my", "custom", "manual", "naive", "fast", "stable", "simple", "plain", "our",
            "own", "the", "apply", "criterion", "torch", "mean", "error")  # fmt: skip
+#: Other values of options, which act as the textbook's do.
+VARIED: tuple[tuple[str, Any], ...] = (
+    ("label_smoothing", 0.3), ("ignore_index", 0), ("delta", 0.7), ("beta", 0.6), ("gamma", 1.5), ("log_target", True),
+    ("log_input", False), ("full", True), ("pos_weight", 2.5), ("margin", 0.7), ("p", 2),
+)  # fmt: skip
 ENOUGH, NEARLY = 0.3, 0.8  # parts of the probes that make a loss of that name one of the family, or one without it
 
 
@@ -105,9 +110,14 @@ def textbook(subject: Subject) -> Finding | None:
     if best is None:
         raise Skip("not recognised as a loss of the textbooks")
     equal, family, x, t, y, right = best
-    if bool(same(y, right).all()):
-        return mean_of(subject, family, inputs) or Finding("", figure=f"is {family.name}")
     exact = bare in family.words
+    if bool(same(y, right).all()):
+        off_plane = (
+            family.name.startswith("negative") and not exact
+        )  # probes are log-probabilities, and only there they agree
+        wrong = mean_of(subject, family, inputs) or (None if off_plane else gradient_of(subject, family))
+        wrong = wrong or options_of(subject, family, exact)
+        return wrong or Finding("", figure=f"is {family.name}")
     hinted = any(word in full for word in family.words if len(word) > 2) or has_option(subject, family.option)
     if exact and equal < ENOUGH:
         text = f"it is called {bare}, but is the {family.name} loss at no more than {equal:.0%} of the probes"
@@ -145,34 +155,129 @@ def mismatch(family: Family, x: Tensor, t: Tensor, y: Tensor, right: Tensor, exa
     return Finding("", "error" if exact else "note", f"{int(bad.sum())} of {len(bad)} values", text, cause)
 
 
-def mean_of(subject: Subject, family: Family, inputs: Sequence[Any]) -> Finding | None:
+def gradient_of(subject: Subject, family: Family) -> Finding | None:
+    """The gradient of each probe against that of the textbook's formula, away from kinks."""
+    x, *others = probes(subject, family)
+    each = subject.with_option(reduction="none") if subject.has_option("reduction") else subject
+
+    def slope(of: Any, at: Tensor) -> Tensor:
+        leaf = at.detach().clone().requires_grad_()
+        y = of(leaf)
+        return torch.autograd.grad(y, leaf, torch.ones_like(y))[0]
+
+    def mine(z: Tensor) -> Tensor:
+        if each is not subject:
+            return each.call(z, *others)[0]
+        rows = [subject.call(z[k : k + 1], *(o[k : k + 1] for o in others))[0].reshape(()) for k in range(len(z))]
+        return torch.stack(rows)
+
+    def right(z: Tensor) -> Tensor:
+        return family.formula(z, *others, subject.option)
+
+    try:
+        found, expected = slope(mine, x), slope(right, x)
+    except CLEAR:
+        return None  # other checks tell
+    beside = [slope(right, x * (1 + e) + e) for e in (1e-6, -1e-6)]
+    size = expected.abs() + 1e-3
+    smooth = (beside[0] - beside[1]).abs() <= 1e-2 * size
+    bad = smooth & ~((found - expected).abs() <= 1e-6 * size)
+    if not bad.any():
+        return None
+    k = int(bad.reshape(len(bad), -1).any(1).nonzero()[0])
+    at = f"input {x[k].tolist()} and target {others[0][k].item():g}"
+    text = f"{int(bad.sum())} of {bad.numel()} elements of the gradient are not those of {family.name}; first for {at}"
+    where = ""
+    if family.classes:
+        hit = sorted(set(others[0][bad.any(1)].tolist()))
+        where = f" for class {', '.join(map(str, hit[:5]))}" if len(hit) < x.shape[1] else ""
+    return Finding("", "error", f"{int(bad.sum())} of {bad.numel()}", text, f"not the gradient of {family.name}{where}")
+
+
+def options_of(subject: Subject, family: Family, exact: bool) -> Finding | None:
+    """Other values of its options act as the textbook's; without the name of the family they may mean something else."""
+    x = subject.floats()[0]
+    words = family.formula.__code__.co_consts  # the options that the textbook has
+    variants: list[dict[str, Any]] = [
+        {name: value} for name, value in VARIED if name in words and subject.has_option(name)
+    ]
+    if "weight" in words and subject.has_option("weight"):
+        w = torch.linspace(0.5, 2, x.shape[1], dtype=x.dtype, device=x.device)
+        variants += [
+            {"weight": w},
+            *([{"weight": w, "label_smoothing": 0.3}] if subject.has_option("label_smoothing") else []),
+        ]
+    for variant in variants:
+        if any(isinstance(subject.option(name), Tensor) for name in variant):
+            continue  # weights of its own
+        varied = subject.with_option(**variant)
+        told = replace_option(subject, variant)
+        spelled = ", ".join(f"{k}={'weights' if isinstance(v, Tensor) else v}" for k, v in variant.items())
+        at = probes(subject, family)
+        try:
+            y, right = values(varied, at), family.formula(*at, told)
+        except (*CLEAR, AttributeError):
+            continue
+        if y is None:
+            continue
+        verdict: Any = "error" if exact else "note"
+        if not bool(same(y, right).all()):
+            found = mismatch(family, at[0], at[1], y, right, exact)
+            return replace(found, cause=f"{found.cause} with {spelled}", diagnosis=f"with {spelled} {found.diagnosis}")
+        wrong = mean_of(varied, family, subject.floats(), told)
+        if wrong is not None:
+            return replace(wrong, verdict=verdict, cause=f"{wrong.cause}, with {spelled}")
+    return None
+
+
+def replace_option(subject: Subject, variant: dict[str, Any]) -> Any:
+    return lambda name, default=None: variant[name] if name in variant else subject.option(name, default)
+
+
+def mean_of(subject: Subject, family: Family, inputs: Sequence[Any], told: Any = None) -> Finding | None:
     """The mean and the sum over the example against the textbook's."""
+    told = told or subject.option
     if not subject.has_option("reduction") or len(inputs) > 2:
         return None
     x, t = inputs
     flat_x, flat_t = (x.movedim(1, -1).reshape(-1, x.shape[1]), t.reshape(-1)) if family.classes else (x, t)
     try:
-        each = family.formula(flat_x, flat_t, subject.option)
+        each = family.formula(flat_x, flat_t, told)
         (mean,) = subject.with_option(reduction="mean").call(x, t)
         (total,) = subject.with_option(reduction="sum").call(x, t)
     except CLEAR:
         return None
     n = each.new_tensor(float(each.numel()))
     if family.classes:
-        kept = flat_t != subject.option("ignore_index", -100)
-        weight = subject.option("weight")
+        kept = flat_t != told("ignore_index", -100)
+        weight = told("weight", None)
         n = kept.sum().to(each.dtype)
         if isinstance(weight, Tensor):
             n = (weight.to(each.dtype)[torch.where(kept, flat_t, 0)] * kept).sum()
         if family.name in ("focal", "multi-margin"):
             return None  # no one mean of the textbooks
-    if isinstance(subject.option("pos_weight"), Tensor):
+    if isinstance(told("pos_weight", None), Tensor):
         return None  # of each class its own
     part = replace(subject, wrt=())
     names = ("loss", family.name)
     found = agree(part, "with reduction='mean'", [mean], [each.sum() / n], names, "", values=True)
     cause = f"mean is not over {float(n):g}, as that of {family.name} is"
     found = None if found is None else replace(found, cause=cause)
-    return found or agree(
+    found = found or agree(
         part, "with reduction='sum'", [total], [each.sum()], names, "sum of another loss", values=True
     )
+    if found is None and family.name == "KL divergence" and x.dim() and knows(subject, "batchmean"):
+        with torch.no_grad():
+            (batch,) = subject.with_option(reduction="batchmean").call(x, t)
+        cause = "batchmean is not over the rows"
+        found = agree(part, "with reduction='batchmean'", [batch], [each.sum() / len(x)], names, cause, values=True)
+    return found
+
+
+def knows(subject: Subject, word: str) -> bool:
+    """Whether the code of a loss has the word in it, as the name of a reduction that it takes."""
+    given = subject.given
+    while hasattr(given, "func"):
+        given = given.func
+    code = getattr(given.forward if isinstance(given, torch.nn.Module) else given, "__code__", None)
+    return word in (subject.option("reduction"), *(code.co_consts if code else ()))

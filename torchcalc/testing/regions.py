@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcalc.testing.grid import blame, on_grid, pointwise
+from torchcalc.testing.diagnosis import compare
+from torchcalc.testing.graph import custom
+from torchcalc.testing.grid import blame, grid, on_grid, pointwise, reach
 from torchcalc.testing.numeric import along_all, first_order, flat, need_derivatives, replaced, tolerance
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.subject import CLEAR, Subject, dot, normal
+from torchcalc.testing.subject import CLEAR, Subject, dot, normal, said
 
 SCALES = (1e-8, 1e-5, 1e-3, 0.03, 0.25, 2.0, 5.0, -5.0, 20.0, 100.0, -1e3, 1e5)
 POINTS, SUSPECTS = 100, 3  # of a line
@@ -46,27 +48,30 @@ def gradient_elsewhere(subject: Subject) -> Finding | None:
 def elsewhere(subject: Subject, inputs: Sequence[Any]) -> Finding:
     """At other sizes of each input in turn and of the first two together, then along lines."""
     findings, sizes = [], 0
-    for where, moved in (*scaled(subject, inputs), *suspects(subject, inputs)):
+    for where, moved, far in (*scaled(subject, inputs), *suspects(subject, inputs)):
         try:
             finite = all(y.isfinite().all() for y in subject.call(*moved))
         except CLEAR:
             continue
         if not finite:
             continue
-        found = glance(subject, moved, where)
+        found = glance(subject, moved, where, far)
         if found.verdict == "error":
             return found
         findings.append(found)
         sizes += 1
     if not findings:
         raise Skip("finite only near the example")
+    for found in findings:
+        if found.verdict == "note":
+            return found
     told = sum(f.verdict != "not checked" for f in findings)
     if not told:
         return findings[0]
     return Finding("", figure=f"at {told} of {sizes} other inputs")
 
 
-def glance(subject: Subject, inputs: Sequence[Any], where: str) -> Finding:
+def glance(subject: Subject, inputs: Sequence[Any], where: str, far: bool = False) -> Finding:
     """J'v against differences along one direction, for the outputs whose slope is exact; by element if they differ.
 
     Each output gets a v by which it counts as much as the others.
@@ -92,6 +97,10 @@ def glance(subject: Subject, inputs: Sequence[Any], where: str) -> Finding:
         return Finding("")
     found = first_order(subject, inputs, where)
     verdict = blame(subject, inputs, subject.wrt, incoming, grads)
+    if far and not custom(subject.call(*subject.leaves(inputs, subject.wrt))):
+        verdict = (
+            "note"  # at such sizes derivatives of torch itself are wrong, as that of cosine_similarity below its eps
+        )
     if found.verdict == "error":
         return replace(found, verdict=verdict)
     text = f"the slope along a direction{where}: analytic {float(actual):.10g}, numeric {float(expected):.10g}"
@@ -103,27 +112,33 @@ def handed(subject: Subject) -> tuple[int, ...]:
     return tuple(i for i in subject.wrt if i < subject.handed) or subject.wrt[:1]
 
 
-def scaled(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
+def scaled(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[Any], bool]]:
+    """(where, the inputs there, whether their size is an extreme one)."""
     own = handed(subject)
     for scale in SCALES:
-        yield f" at {scale:g} times the example", replaced(inputs, own[0], inputs[own[0]] * scale)
+        yield f" at {scale:g} times the example", replaced(inputs, own[0], inputs[own[0]] * scale), extreme(scale)
     for shift in (3.0, -10.0, 50.0, 300.0):
-        yield f" at the example plus {shift:g}", replaced(inputs, own[0], inputs[own[0]] + shift)
+        yield f" at the example plus {shift:g}", replaced(inputs, own[0], inputs[own[0]] + shift), False
     for i in own[1:3]:
         for scale in (1e-6, 0.01, -5.0, 100.0, 1e5):
-            yield f" at {scale:g} times the example's {subject.label(i)}", replaced(inputs, i, inputs[i] * scale)
+            at = replaced(inputs, i, inputs[i] * scale)
+            yield f" at {scale:g} times the example's {subject.label(i)}", at, extreme(scale)
     for scale in (1e-3, 10.0) if len(own) > 1 else ():
-        yield f" at {scale:g} times all inputs", [x * scale if i in own else x for i, x in enumerate(inputs)]
+        yield f" at {scale:g} times all inputs", [x * scale if i in own else x for i, x in enumerate(inputs)], False
 
 
-def suspects(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
+def extreme(scale: float) -> bool:
+    return not 1e-4 < abs(scale) < 1e4
+
+
+def suspects(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[Any], bool]]:
     """The points of two lines where (1) is broken most."""
     own = handed(subject)
     for k, end in enumerate((lambda x: -4 * x, lambda x: 2 * x.abs().mean() * normal(x, 90) * 1.5)):
         ways = {i: end(inputs[i]) - inputs[i] for i in own}
         for t in breaks(subject, inputs, ways):
             moved = [x + t * ways[i] if i in ways else x for i, x in enumerate(inputs)]
-            yield f" at {t:.4g} of the way to {'-4 times the example' if k == 0 else 'another example'}", moved
+            yield f" at {t:.4g} of the way to {'-4 times the example' if k == 0 else 'another example'}", moved, False
 
 
 def breaks(subject: Subject, inputs: Sequence[Any], ways: dict[int, Tensor]) -> list[float]:
@@ -146,6 +161,64 @@ def breaks(subject: Subject, inputs: Sequence[Any], ways: dict[int, Tensor]) -> 
     both = gap[1:] + gap[:-1]  # a point between two broken intervals
     order = both.argsort(descending=True)[:SUSPECTS].tolist()
     return [ts[k + 1] for k in order if both[k] > 0]
+
+
+@check("function", "reference elsewhere")
+def reference_elsewhere(subject: Subject) -> Finding | None:
+    """Values and gradients equal those of the reference on a dense grid, at other sizes, and at zeros."""
+    if subject.reference is None:
+        raise Skip("no reference given")
+    if subject.random:
+        raise Skip("random")
+    inputs = subject.floats()
+    seen = 0
+    for where, moved in (*sizes(subject, inputs), *grids(subject, inputs)):
+        try:
+            truths, expected = subject.gradients(moved, fn=subject.reference)
+        except CLEAR:
+            continue  # the reference refuses that
+        try:
+            outputs, grads = subject.gradients(moved)
+        except Exception as error:  # the reference took it
+            return Finding("", "error", "raised", f"{said(error)}{where}", f"raises{where}")
+        seen += 1
+        named = [(f"output {k}", y, t) for k, (y, t) in enumerate(zip(outputs, truths, strict=True))]
+        if all(t.isfinite().all() for t in truths):
+            pairs = zip(subject.wrt, grads, expected, strict=True)
+            named += [(f"gradient of {subject.label(i)}", g, e) for i, g, e in pairs if g is not None and e is not None]
+        for what, y, t in named:
+            if y.shape != t.shape:
+                continue  # "reference" tells
+            size = t.nan_to_num(0, 0, 0).abs()
+            allowed = 1e-6 * (size if "grid" in where else size.max() if size.numel() else size) + 1e-12
+            found = compare(f"{what}{where}", y, t, allowed, use=t.isfinite(), names=("function", "reference"))
+            if found is not None:
+                return replace(found, cause=f"not the reference{where}" + (f": {found.cause}" if found.cause else ""))
+    return Finding("", figure=f"at {seen} other inputs")
+
+
+def sizes(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Other sizes of each input that was handed in, and zeros."""
+    for i in handed(subject)[:3]:
+        x, of = inputs[i], f"{subject.label(i)}"
+        for scale in (1e-8, 1e-4, 0.03, -1.0, 5.0, 100.0, 1e4):
+            yield f" where {of} is {scale:g} times the example", replaced(inputs, i, x * scale)
+        yield f" where {of} is zero", replaced(inputs, i, x * 0)
+        if x.dim() and x.shape[0] > 1:
+            yield f" where {of} is zero in row 0", replaced(inputs, i, torch.cat([x[:1] * 0, x[1:]]))
+
+
+def grids(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """A dense grid in each input of which the function is pointwise."""
+    for i in handed(subject)[:3]:
+        if not pointwise(subject, inputs, i):
+            continue
+        x = grid(inputs[i])
+        x = x[x.abs() <= min(1e5, reach(subject, inputs, i))]
+        turns = torch.arange(len(x), device="cpu") * 7
+        alike = [k for k, y in enumerate(inputs) if isinstance(y, Tensor) and y.shape == inputs[i].shape]
+        moved = [y.reshape(-1)[turns % y.numel()] if k in alike else y for k, y in enumerate(inputs)]
+        yield f" on a grid of {subject.label(i)}", replaced(moved, i, x)
 
 
 @check("loss", "unreduced elsewhere")

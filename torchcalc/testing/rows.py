@@ -12,11 +12,11 @@ from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import element_slopes, slopes_along
-from torchcalc.testing.numeric import chosen, flat, need_derivatives, of_input, replaced, slack, spread_out
+from torchcalc.testing.graph import custom
+from torchcalc.testing.numeric import chosen, flat, need_derivatives, of_input, replaced, slack, spread_out, tolerance
 from torchcalc.testing.regions import handed
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import custom, of_torch
 from torchcalc.testing.subject import CLEAR, Subject, normal, said
 
 
@@ -55,7 +55,11 @@ def independent(
         except CLEAR:  # numbers that it does not take
             moved[k] = inputs[i][(k + 1) % n]
             others, (other,) = subject.gradients(replaced(inputs, i, moved), (i,))
-        pairs = [*((outputs[j], others[j]) for j in each), (grad, other)]
+        incoming = [v.clone() for v in subject.incoming(outputs)]
+        for j in each:  # a row that is a copy of another one depends on that, and no input of its own tells
+            incoming[j][k] *= -2
+        _, (back,) = subject.gradients(inputs, (i,), incoming=incoming)
+        pairs = [*((outputs[j], others[j]) for j in each), (grad, other), (grad, back)]
         if any(b is None or ((rest(a, k) - rest(b, k)).abs() > slack(subject, a)).any() for a, b in pairs):
             raise Skip("rows depend on each other")
     return n, rows, each, outputs, grad
@@ -164,6 +168,9 @@ def at_point(subject: Subject, inputs: Sequence[Any], i: int, where: str) -> Fin
         return None
     if not all(y.isfinite().all() for y in outputs):
         return None
+    if grad is not None and bool(grad.isnan().any()) and custom(outputs):
+        text = f"the gradient of {subject.label(i)} is NaN in {int(grad.isnan().sum())} elements {where}, the function finite"
+        return Finding("", "error", "NaN", text, f"wrong {where}: not finite")
     indices = chosen(x)
     slopes = element_slopes(of_input(subject, inputs, i), x, flat(subject.incoming(outputs)).detach(), indices)
     value, allowed, use = spread_out(slopes, x, indices)
@@ -171,6 +178,14 @@ def at_point(subject: Subject, inputs: Sequence[Any], i: int, where: str) -> Fin
     # at a kink any mean of slopes is as good, also of those along other directions, as where equal elements are sorted
     across = slopes_along(of_input(subject, inputs, i), x, normal(x, 83))
     sharp = bool(slopes.kink.any() or across.kink.any())
+    if (
+        len(indices) == x.numel() and across.usable.all() and bool(use.all())
+    ):  # or the slopes do not add up, as of a median
+        weights = flat(subject.incoming(outputs)).detach()
+        gap = (value * normal(x, 83)).sum() - weights @ across.value
+        sharp = sharp or float(gap.abs()) > float(
+            (allowed * normal(x, 83).abs()).sum() + weights.abs() @ tolerance(across)
+        )
     sides = torch.cat([slopes.left.abs(), slopes.right.abs(), across.left.abs(), across.right.abs()])
     bound = 2 * x.numel() * float(sides.max()) if sharp else 0.0
     kink = torch.full_like(x, sharp and bound == bound, dtype=torch.bool)
@@ -184,7 +199,7 @@ def at_point(subject: Subject, inputs: Sequence[Any], i: int, where: str) -> Fin
     if found is None:
         return Finding("")
     cause = "not finite" if not bool(grad[known].isfinite().all()) else found.cause
-    soft = of_torch(subject.given) or (cause == "not finite" and not custom(outputs))
+    soft = cause == "not finite" and not custom(outputs)
     return replace(
         found, verdict="note" if soft else found.verdict, cause=f"wrong {where}" + (f": {cause}" if cause else "")
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
+import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +33,7 @@ PATCHABLE = [
     for name, f in list(vars(owner).items())
     if inspect.isroutine(f) and not name.startswith("_")
 ]
+TINY: torch.Tensor = torch.full((), 1e-310, dtype=torch.float64, device="cpu")
 SETTINGS: dict[str, Setting] = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "the default device": (torch.get_default_device, lambda value: set_default_device(value)),
@@ -68,7 +72,46 @@ SETTINGS: dict[str, Setting] = {
     ),
     "the function modes": (torch._C._len_torch_function_stack, lambda value: pop_modes(value)),
     "the hooks of saved tensors": (lambda: saved_hooks(), lambda value: set_saved_hooks(value)),
+    "the flushing of denormal numbers": (lambda: not float(TINY * 1), torch.set_flush_denormal),
+    "the environment": (lambda: environment(), lambda value: set_environment(value)),
+    "the filters of warnings": (lambda: list(warnings.filters), lambda value: set_filters(value)),
+    "the level of logging": (
+        lambda: (logging.root.level, logging.root.manager.disable),
+        lambda value: set_level(value),
+    ),
+    "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
+    "the working directory": (os.getcwd, os.chdir),
 }
+LATE = (
+    "TORCH",
+    "TRITON",
+    "KMP_",
+    "KINETO",
+    "CUDA_MODULE_LOADING",
+    "PYTEST_",
+)  # what torch itself writes, when first needed
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(LATE)}
+
+
+def set_environment(value: dict[str, str]) -> None:
+    for name in environment():
+        if name not in value:
+            del os.environ[name]
+    os.environ.update(value)
+
+
+def set_filters(value: list[Any]) -> None:
+    warnings.filters[:] = value  # type: ignore[index]
+    with warnings.catch_warnings():  # its end tells Python that they have changed
+        pass
+
+
+def set_level(value: tuple[int, int]) -> None:
+    logging.root.setLevel(value[0])
+    logging.disable(value[1])
 
 
 def set_default_device(value: torch.device) -> None:

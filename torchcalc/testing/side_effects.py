@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchcalc.testing.kept import reachable
 from torchcalc.testing.numeric import need_derivatives
+from torchcalc.testing.reach import CONTAINERS, walk
 from torchcalc.testing.registry import check
 from torchcalc.testing.report import Finding
 from torchcalc.testing.settings import alike, generators, left_alone, restore, seed, settings
@@ -48,6 +48,12 @@ def side_effects(subject: Subject) -> Finding | None:
             if found is not None:
                 return found
     return None
+
+
+def reachable(subject: Subject) -> list[tuple[str, Any]]:
+    """Named tensors and containers that a function may keep."""
+    reached = walk(subject.given, subject.fn)
+    return [(name or "a default", x) for name, x in reached if isinstance(x, (Tensor, *CONTAINERS))]
 
 
 def error(text: str, cause: str, verdict: Any = "error") -> Finding:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +14,32 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
 
 from torchcalc.testing.contract import agree
+from torchcalc.testing.graph import nodes
 from torchcalc.testing.numeric import need_derivatives, unsupported
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.subject import CLEAR, Subject, pull, said, same
+from torchcalc.testing.subject import CLEAR, Subject, is_float, pull, said, same
 
 
 @check("function", "mutation")
 def mutation(subject: Subject) -> Finding | None:
-    """Forward and backward write to no input and to no grad_output."""
-    inputs = subject.leaves(subject.floats(), subject.wrt)
+    """Forward and backward write to no input and to no grad_output, be the numbers small or large."""
+    for scale in (1.0, 100.0, -0.01, 0.0):
+        inputs = [x * scale if is_float(x) else x for x in subject.floats()]
+        try:
+            found = written_to(subject, inputs)
+        except CLEAR:
+            if scale == 1.0:
+                raise
+            continue  # numbers that it does not take
+        if found is not None:
+            where = "" if scale == 1.0 else f", at {scale:g} times the example"
+            return replace(found, diagnosis=found.diagnosis + where)
+    return None
+
+
+def written_to(subject: Subject, inputs: Sequence[Any]) -> Finding | None:
+    inputs = subject.leaves(inputs, subject.wrt)
     mutable = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
     before = [x.clone() if isinstance(x, Tensor) else x for x in mutable]
     with torch.no_grad():
@@ -177,38 +192,6 @@ def kept_on_node(subject: Subject) -> Finding | None:
 
 def vars_of(node: Any) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in getattr(node, "__dict__", {}).items() if not k.startswith("_")]
-
-
-def custom(outputs: Sequence[Tensor]) -> bool:
-    """Whether a custom Function is in the graph; without one, the derivatives are torch's own."""
-    return any(True for _ in nodes(outputs))
-
-
-def of_torch(fn: Any) -> bool:
-    """Whether a callable is torch's own, whose mistakes are not the caller's."""
-    while hasattr(fn, "func"):
-        fn = fn.func
-    owner = getattr(fn, "__self__", None)
-    if isinstance(owner, type):  # Function.apply
-        fn = owner
-    elif inspect.isbuiltin(fn):
-        return True
-    module = type(fn).__module__ if isinstance(fn, torch.nn.Module) else getattr(fn, "__module__", None)
-    return (module or "").partition(".")[0] == "torch"
-
-
-def nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
-    """The custom Functions' nodes of the graph."""
-    todo: list[Any] = [y.grad_fn for y in outputs]
-    seen: set[Any] = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            yield node
-        todo += [n for n, _ in node.next_functions]
 
 
 @check("function", "raw gradients")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torchcalc.testing.handed import backward_of, is_float, module_call, name_of, parameters_of, refuse
+from torchcalc.testing.graph import backward_of, custom, declared_once
+from torchcalc.testing.handed import is_float, module_call, name_of, opened, parameters_of, refuse
 
 __all__ = ["Subject", "is_float", "make_subject", "name_of", "normal"]
 
@@ -84,6 +85,9 @@ class Subject:
     device: torch.device | None = None
     disturbed: tuple[str, ...] = ()  # global settings that the first calls changed
     drifts: bool = False  # whether calls from one seed differ
+    nest: Callable[[Sequence[Any]], Sequence[Any]] | None = None  # the caller's lists and dicts, of their leaves
+    once: bool = False  # whether a backward is declared once_differentiable
+    custom: bool = True  # whether a custom Function is in its graph; without one, the derivatives are torch's own
 
     def fresh(self) -> Subject:
         """The same subject with inputs of its own."""
@@ -105,6 +109,8 @@ class Subject:
             inputs = tuple(
                 torch.complex(x[..., 0], x[..., 1]) if i in self.complex else x for i, x in enumerate(inputs)
             )
+        if self.nest is not None:
+            inputs = (*self.nest(inputs[: self.handed]), *inputs[self.handed :])
         with self.device or nullcontext():
             found = [dense(t) for t in tree_leaves((fn or self.fn)(*inputs)) if is_float(t)]
         return tuple(
@@ -215,7 +221,8 @@ def make_subject(
     """
     given, count = fn, len(inputs)
     names = [n for n, p in parameters_of(fn).items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    names = [*names, *[""] * count][:count]
+    inputs, names, nest = opened(inputs, [*names, *[""] * count][:count])
+    handed = len(inputs)
     for i, x in enumerate(inputs):
         if isinstance(x, Tensor):
             refuse(i, x)
@@ -235,7 +242,7 @@ def make_subject(
     inputs = [torch.view_as_real(x.resolve_conj()) if i in complex_ else x for i, x in enumerate(inputs)]
     subject = Subject(
         name or name_of(given), fn, tuple(inputs), tuple(names), tuple(floats if wrt is None else wrt), reference,
-        complex=complex_, given=given, handed=count, device=CALLERS_DEVICE.get(),
+        complex=complex_, given=given, handed=handed, device=CALLERS_DEVICE.get(), nest=nest,
     )  # fmt: skip
     return probe(subject)
 
@@ -263,7 +270,10 @@ def probe(subject: Subject) -> Subject:
     wrt = tuple(i for i in subject.wrt if i not in refused)
     outputs = subject.call(*subject.leaves(subject.floats(), wrt))
     carrying = tuple(i for i in kept if outputs[i].requires_grad)
-    return replace(subject, wrt=wrt, refused=refused, kept=carrying or kept, backward_at=backward_of(outputs))
+    return replace(
+        subject, wrt=wrt, refused=refused, kept=carrying or kept, backward_at=backward_of(outputs),
+        once=declared_once(outputs), custom=custom(outputs),
+    )  # fmt: skip
 
 
 def raw(subject: Subject) -> Any:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import least_scale, slopes_along
+from torchcalc.testing.graph import custom
 from torchcalc.testing.numeric import magnitude, need_derivatives, tolerance, unsupported
 from torchcalc.testing.registry import check
 from torchcalc.testing.report import Finding
 from torchcalc.testing.second import scalar_slope
-from torchcalc.testing.storage import custom
 from torchcalc.testing.subject import CLEAR, Subject, dot, normal
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchcalc.testing.contract import agree
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.differences import least_scale, slopes_along
+from torchcalc.testing.graph import own_rule
 from torchcalc.testing.numeric import (
     Scalar,
     magnitude,
@@ -136,22 +137,26 @@ def vmap(subject: Subject) -> Finding | None:
     for mapped, last in itertools.product(sorted(choices), (0, -1)):
         dims = tuple(None if i not in mapped else last if i == mapped[-1] else 0 for i in range(len(inputs)))
         stacks = [x if d is None else stacked(x, d) for x, d in zip(inputs, dims, strict=True)]
-        call = per_sample(subject)
         where = f"mapped over {', '.join(subject.label(i) for i in mapped)}, the last along dimension {last}"
         samples = [one_sample(subject, [s if d is None else s.select(d, k) for s, d in zip(stacks, dims, strict=True)])
                    for k in range(3)]  # fmt: skip
         expected = [torch.stack(parts) for parts in zip(*samples, strict=True)]
+        n = len(expected) - len(subject.wrt)
+        names = ("vmap", "loop")
+        results: Sequence[Tensor]
         try:
-            results = torch.func.vmap(call, dims)(*stacks)
+            results = torch.func.vmap(per_sample(subject), dims)(*stacks)
         except CLEAR as error:
             refused = refused or replace(unsupported("vmap", error), figure=f"not supported {where}")
-            continue
-        n = len(results) - len(subject.wrt)
-        names = ("vmap", "loop")
+            if not own_rule(subject.call(*subject.leaves(inputs, subject.wrt)), "vmap"):
+                continue
+            try:  # its rule may be right, and backward be no subject for vmap
+                results = torch.func.vmap(subject.call, dims)(*stacks)
+            except CLEAR as error:
+                return replace(unsupported("vmap", error), verdict="error", cause="its vmap rule raises")
         found = agree(subject, where, results[:n], expected[:n], names, "vmap differs from a loop", True)
-        found = found or agree(
-            subject, where, results[n:], expected[n:], names, "per-sample gradients differ from a loop"
-        )
+        if found is None and len(results) > n:
+            found = agree(subject, where, results[n:], expected[n:], names, "per-sample gradients differ from a loop")
         if found is not None:
             return found
     return refused

@@ -6,17 +6,17 @@ J'v + J'w for parts of different sizes. A power of two is exact, so that only ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from torchcalc.testing.diagnosis import compare
+from torchcalc.testing.graph import custom
 from torchcalc.testing.numeric import need_derivatives
 from torchcalc.testing.registry import check
 from torchcalc.testing.report import Finding
-from torchcalc.testing.storage import of_torch
 from torchcalc.testing.subject import Subject, pull
 
 POWERS = (0, 2, 4, 6, 8, 10, 13, 16, 20, 24, 30, 40, 60, 100)
@@ -68,7 +68,37 @@ def upstream_sizes(subject: Subject) -> Finding | None:
         found = differ(subject, together, total, "J'(v + w)", "J'v + J'w", sizes)
         if found is not None:
             return replace(found, cause=f"backward is not linear in grad_output: wrong for {name}")
-    return Finding("", figure="from 1e-30 to 1e30")
+    return swallowed(subject, outputs, v, back) or Finding("", figure="from 1e-30 to 1e30")
+
+
+def swallowed(
+    subject: Subject, outputs: Sequence[Tensor], v: Sequence[Tensor], back: Callable[[Sequence[Tensor]], list[Tensor]]
+) -> Finding | None:
+    """Infinity or NaN in an element of grad_output that does not reach what the element counts for."""
+    for j, w in enumerate(v):
+        for k in sorted({0, w.numel() // 2, w.numel() - 1}) if w.numel() else ():
+            alone = [torch.zeros_like(u) for u in v]
+            alone[j].view(-1)[k] = w.reshape(-1)[k]
+            part = back(alone)
+            if not any(bool(g.any()) for g in part):
+                continue
+            for bad in (torch.inf, torch.nan):
+                poisoned = [u.clone() for u in v]
+                poisoned[j].view(-1)[k] = bad
+                for i, g, p in zip(subject.wrt, back(poisoned), part, strict=True):
+                    lost = (p.abs() > 1e-6 * p.abs().max().clamp(min=1e-300)) & g.isfinite()
+                    if not lost.any():
+                        continue
+                    text = f"with {bad} in grad_output {int(lost.sum())} elements of the gradient of {subject.label(i)}"
+                    text += " that depend on it stay finite: a gradient scaler looks for just that"
+                    return Finding(
+                        "",
+                        "error" if custom(outputs) else "note",
+                        f"{bad}",
+                        text,
+                        f"{bad} in grad_output is taken for a number",
+                    )
+    return None
 
 
 def mixtures(v: Sequence[Tensor]) -> list[tuple[str, list[Tensor], list[Tensor]]]:
@@ -102,5 +132,5 @@ def differ(
         allowed = 1e4 * eps * size + 1e3 * torch.finfo(subject.exact).tiny
         found = compare(f"gradient of {subject.label(i)}", g, e, allowed, names=(name, other))
         if found is not None and found.verdict == "error":
-            return replace(found, verdict="note") if of_torch(subject.given) else found  # a derivative of torch
+            return found
     return None

@@ -47,6 +47,9 @@ def side_effects(subject: OptimizerSubject) -> Finding | None:
             ", and its steps do not depend on what it draws" if same else ""
         )
         return Finding("side effects", "note", "draws", text, f"draws from {consumed[0]} generator")
+    if consumed and subject.is_noisy:
+        text = "two runs with the same gradients end elsewhere; all else is checked with the noise at its mean"
+        return Finding("side effects", "note", "noise", text, "its steps have noise")
     return Finding("side effects", figure=f"draws from {', '.join(consumed)}" if consumed else "")
 
 

@@ -167,8 +167,12 @@ def in_place(subject: OptimizerSubject) -> Finding | None:
     """The step writes the parameter's own memory, in a way that autograd notices."""
     params = subject.parameters()
     optimizer = subject.make(params)
-    pointers, versions = [p.data_ptr() for p in params], [p._version for p in params]
-    subject.step(optimizer, params, gradients(params, 1)[0])
+    pointers = [p.data_ptr() for p in params]
+    for grads in gradients(params, 3):  # as many as it takes until they move
+        before, versions = clone(params), [p._version for p in params]
+        subject.step(optimizer, params, grads)
+        if not all(map(torch.equal, before, params)):
+            break
     if [p.data_ptr() for p in params] != pointers:
         text = "after a step a parameter has other memory: views of it, tied weights and flat buffers are left behind"
         return error("in place", "parameter moved in memory", text)

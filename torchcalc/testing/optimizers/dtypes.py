@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from torchcalc.testing.optimizers.compare import difference, failed, parting, pattern
-from torchcalc.testing.optimizers.groups import independent
+from torchcalc.testing.optimizers.groups import alone, column, independent
 from torchcalc.testing.optimizers.subject import OptimizerSubject
-from torchcalc.testing.optimizers.tensors import Grads, clone, gradients, set_gradients
+from torchcalc.testing.optimizers.tensors import Grads, clone, gradients, parameters, set_gradients
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
 
@@ -53,6 +54,33 @@ def precisions(subject: OptimizerSubject) -> Finding:
                 return failed("precisions", f"{dtype}{name} against float64", m)
             figures.append(str(dtype).removeprefix("torch."))
     return Finding("precisions", figure=", ".join(dict.fromkeys(figures)))
+
+
+@check("optimizer", "mixed dtypes")
+def mixed_dtypes(subject: OptimizerSubject) -> Finding:
+    """Parameters of several dtypes in one group step each as alone."""
+    if subject.needs_closure or not independent(subject, {}):
+        raise Skip("its parameters are coupled, or it needs a closure")
+    kinds = [d for d in (torch.float64, torch.float32, torch.bfloat16) if d in subject.dtypes]
+    if len(kinds) < 2 or (subject.is_random and kinds.pop() and len(kinds) < 2):
+        raise Skip("it takes one dtype only")
+    shape = subject.shapes(((3, 4),))[0]
+    for order in (kinds, kinds[::-1]):
+        params = [parameters((shape,), d, seed=k)[0] for k, d in enumerate(order)]
+        grads = gradients(params, 3)
+        for name, way in subject.each_way():
+            try:
+                found = subject.trial(params, grads, **way)
+            except (RuntimeError, TypeError, ValueError) as reason:
+                text = f"parameters of {', '.join(map(str, order))} in one group{name}: {reason}"
+                return Finding("mixed dtypes", "note", "refused", text, "refuses mixed dtypes")
+            for i, dtype in enumerate(order):
+                m = parting(alone(subject, way, params, grads, i), column(found, i))
+                if m is not None:
+                    what = f"a parameter of {dtype} beside those of {', '.join(map(str, order))}{name}"
+                    finding = failed("mixed dtypes", what, m)
+                    return replace(finding, cause=finding.cause or f"{dtype} computed as another dtype")
+    return Finding("mixed dtypes", figure=", ".join(str(d).removeprefix("torch.") for d in kinds))
 
 
 @check("optimizer", "float16 range")

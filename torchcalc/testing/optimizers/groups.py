@@ -214,8 +214,17 @@ def missing_gradients(subject: OptimizerSubject) -> Finding:
                 "missing gradients", f"steps without a gradient count for a parameter{name}", m, causes, found
             )
             cause = finding.cause if finding.cause and "constant" not in finding.cause else ""
-            cause = cause or _late_cause(subject) or "step or state advanced while there was no gradient"
-            return Finding("missing gradients", "error", finding.figure, finding.diagnosis, cause, finding.details)
+            counted = _late_cause(subject)
+            cause = cause or counted or "step or state advanced while there was no gradient"
+            by_design = cause == counted and subject.reference is None  # schedule-free optimizers count so, and apex's
+            return Finding(
+                "missing gradients",
+                "note" if by_design else "error",
+                finding.figure,
+                finding.diagnosis,
+                cause,
+                finding.details,
+            )
     scope = "" if independent(subject, {}) else "; coupled, so only that they stay"
     return Finding("missing gradients", figure=f"None now and then, and first gradients at steps 1, 4{scope}")
 

@@ -15,7 +15,7 @@ from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
 
 #: Primes: no multiple of a vector's width or a block; the products are beyond 2^12 and 2^16.
-PERIOD, REPEATS = 37, (113, 1789)
+PERIOD, REPEATS = 37, (283, 1789)
 MATRIX = (211, 67)
 
 
@@ -91,17 +91,17 @@ def tiled(subject: OptimizerSubject, dtype: torch.dtype, name: str, way: dict[st
     grads = gradients([p], 3)
     small = subject.trial([p], grads, **way)
     for repeats in REPEATS:
-        for matrix in (False, True) if repeats == REPEATS[0] else (False,):
+        for matrix in (0, repeats, PERIOD) if repeats == REPEATS[0] else (0,):  # as many rows
 
-            def large(x: Tensor, repeats: int = repeats, matrix: bool = matrix) -> Tensor:
+            def large(x: Tensor, repeats: int = repeats, matrix: int = matrix) -> Tensor:
                 copies = _copies(x, repeats)
-                return copies.reshape(repeats, -1) if matrix else copies
+                return copies.reshape(matrix, -1) if matrix else copies
 
             rows: Grads = [[large(g) for g in row if g is not None] for row in grads]
             found = subject.trial([nn.Parameter(large(p))], rows, **way)
             m = parting([[large(x) for x in row] for row in small], found)
             if m is not None:
-                what = f"{repeats} copies of a tensor of {p.numel()} elements{', as rows' if matrix else ''}"
+                what = f"{repeats} copies of a tensor of {p.numel()} elements{f', as {matrix} rows' if matrix else ''}"
                 finding = _finding(m, f"{what}{name} in {dtype}, against one")
                 # A rule that is elementwise for vectors may take a mean over a matrix.
                 return finding if not matrix or _still(m) else replace(finding, verdict="note")

@@ -157,6 +157,9 @@ def steady(subject: OptimizerSubject) -> Finding:
     if sizes[0] < sizes[1] < sizes[2] and sizes[2] - sizes[1] >= 300:
         text = f"numbers and entries held by the optimizer: {sizes[0]}, {sizes[1]}, {sizes[2]} after 10, 300, 600 steps"
         return Finding("steady", "note", "grows", text, "what it keeps grows with every step")
+    if torch.equal(play[0], play[1]) and not torch.equal(play[1], play[2]):
+        text = "a first gradient of 0.5 to 2 moves nothing, the second one does: a step is lost, or lr is 0 at first"
+        return Finding("steady", "note", "step 1", text, "the first step does nothing")
     if subject.exact != torch.float64:
         return Finding("steady", figure=f"{STEPS} steps, finite; too coarse to say whether smooth")
     return _jumps(subject, play.diff(dim=0))

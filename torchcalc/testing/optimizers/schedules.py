@@ -75,6 +75,36 @@ def schedulers(subject: OptimizerSubject) -> Finding:
     return Finding("schedulers", figure="LambdaLR, lr=0 among them")
 
 
+@check("optimizer", "changed lr")
+def changed_lr(subject: OptimizerSubject) -> Finding | None:
+    """Where steps are in proportion to lr, a new lr scales the steps from then on, and what is remembered stays."""
+    lr = subject.lr
+    if subject.needs_closure:
+        raise Skip("it needs a closure")
+    params = subject.parameters()
+    grads = gradients(params, 8)
+    plain = {"weight_decay": 0.0} if subject.has("weight_decay") else {}
+
+    def run(*lrs: float) -> list[list[Tensor]]:
+        return scheduled(subject, grads, list(lrs), **plain)
+
+    def scaled(factors: list[float]) -> list[list[Tensor]]:
+        play = [base[0]]
+        for t, factor in enumerate(factors):
+            play.append([p + factor * (b - a) for p, a, b in zip(play[-1], base[t], base[t + 1], strict=True)])
+        return play
+
+    base = run(*[lr] * 8)
+    if parting(scaled([2.0] * 8), run(*[2 * lr] * 8), factor=8) is not None:
+        raise Skip("its steps are not in proportion to lr")
+    factors = [1.0] * 4 + [3.0] * 4
+    m = parting(scaled(factors), run(*[lr * f for f in factors]), factor=8)
+    if m is None:
+        return None
+    text = f"lr three times as large from step 5 on, against steps three times as long: {m}"
+    return Finding("changed lr", "note", f"step {m.step}", text, "a new lr changes what is remembered")
+
+
 @check("optimizer", "one cycle")
 def one_cycle(subject: OptimizerSubject) -> Finding | None:
     """OneCycleLR, which also cycles momentum or β₁, has an effect by both."""
@@ -98,6 +128,14 @@ def one_cycle(subject: OptimizerSubject) -> Finding | None:
             schedule.step()
         plays.append(play)
     if parting(plays[0], plays[1]) is None:
+        name = "momentum" if "momentum" in subject.defaults else "betas"
+        params = subject.parameters()
+        other = {"momentum": 0.5} if name == "momentum" else {"betas": (0.5, *subject.defaults["betas"][1:])}
+        usual, moved = (subject.trial(params, gradients(params, 6), **options) for options in ({}, other))
+        if parting(usual, moved) is None:
+            return Finding(
+                "one cycle", "note", "no effect", f"no value of {name} has an effect", f"{name} has no effect"
+            )
         text = "momentum or betas written into the groups by OneCycleLR change nothing"
         return Finding("one cycle", "error", "no effect", text, "momentum read once, by the constructor")
     return None

@@ -71,7 +71,9 @@ class OptimizerSubject:
                 failures.append(error)
             else:
                 return self.needs_closure
-        remedy = "there are no checks for that" if self.prepare else "if it must be switched on first, pass prepare="
+        remedy = "if it must be switched on first, pass prepare="
+        if self.prepare or "dense" in str(failures[0]):
+            remedy = "there are no checks for that"
         raise ValueError(f"{self.name} cannot take a step by a dense gradient: {failures[0]}; {remedy}") from failures[
             0
         ]
