@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib.util
 import multiprocessing
 import weakref
 from functools import partial
@@ -327,6 +328,19 @@ class TestDefining:
         branching = pointwise("TestD", lambda x: x if x > 0 else -x, lambda x: x.sgn())
         with pytest.raises(TypeError, match="asked whether"):
             branching(normal(3))  # the kernel is looked for by what is recorded
+
+    def test_what_runs_once_more_defines_anew(self, monkeypatch):
+        """As where a module is imported by its path, or a cell of a notebook runs again."""
+        x = torch.tensor([2.0], requires_grad=True)
+        for factor in (2, 3):
+            times = pointwise("TestAgain", lambda x: factor * x, lambda: factor)  # noqa: B023
+            assert times(x).item() == 2 * factor
+            assert torch.autograd.grad(times(x), x)[0].item() == factor
+        monkeypatch.setitem(FORMULAS, "Tanh", FORMULAS["Tanh"])
+        spec = importlib.util.find_spec("torchcalc.activations.tanh")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert torch.equal(module.tanh(x), x.tanh())
 
     def test_a_kernel_of_another_formula_is_not_used(self):
         gelu = FORMULAS["GELU"]

@@ -39,6 +39,12 @@ __all__ = ["FORMULAS", "Formula", "loss", "pointwise"]
 FORMULAS: dict[str, Formula] = {}
 
 
+def _place(f: Callable[..., Any]) -> tuple[str, str, int | None]:
+    """What stays where a module, or a cell of a notebook, runs once more."""
+    code = getattr(f, "__code__", None)
+    return f.__module__, f.__qualname__, code and code.co_firstlineno
+
+
 @dataclass(frozen=True, eq=False)
 class Formula:
     """A pointwise function y = value(inputs; parameters) and its slopes.
@@ -74,7 +80,7 @@ class Formula:
     def define(
         name: str, value: Callable[..., Any], slopes: Sequence[Callable[..., Any] | None], whole: bool = False
     ) -> Formula:
-        """Make the formula and enter it into FORMULAS, where its name must be new."""
+        """Make the formula and enter it into FORMULAS, where its name must be new, or that of what its file defined before."""
         parameters = inspect.signature(value).parameters.values()
         inputs = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
         numbers = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
@@ -85,7 +91,7 @@ class Formula:
         for i, names in enumerate(formula.arguments):
             if unknown := set(names) - known:
                 raise TypeError(f"{name}: the slope of {inputs[i]} takes {sorted(unknown)}; known are {sorted(known)}")
-        if name in FORMULAS:
+        if name in FORMULAS and _place(FORMULAS[name].value) != _place(value):
             raise ValueError(f"there is a formula {name} already; give this one a name of its own")
         FORMULAS[name] = formula
         return formula

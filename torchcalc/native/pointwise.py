@@ -36,7 +36,7 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 #: And "none" in the dtype that is computed in.
 ROW_REDUCTIONS = {**REDUCTIONS, "wide": 3}
 
-_indices: dict[str, int] = {}
+_indices: dict[Formula, int] = {}
 _connected: bool | None = None
 
 #: elementwise(index, *inputs, *numbers), in_place(index, input, *numbers), of_halves(index, input, dim, *numbers),
@@ -51,9 +51,9 @@ enter_launch: Any
 
 def index(formula: Formula) -> int:
     """The place of the formula's kernels in the library, -1 if there are none of exactly this formula."""
-    found = _indices.get(formula.name)
+    found = _indices.get(formula)
     if found is None:
-        found = _indices[formula.name] = _nodes.find(formula.name, formula.hash) if _connect() else -1
+        found = _indices[formula] = _nodes.find(formula.name, formula.hash) if _connect() else -1
     return found
 
 
