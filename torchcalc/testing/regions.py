@@ -12,6 +12,7 @@ broken most are compared with differences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from torchcalc.testing.diagnosis import compare
 from torchcalc.testing.graph import custom
 from torchcalc.testing.grid import blame, grid, on_grid, pointwise, reach
-from torchcalc.testing.numeric import along_all, first_order, flat, need_derivatives, replaced, tolerance
+from torchcalc.testing.numeric import along_all, first_order, flat, need_derivatives, replaced, slack, tolerance
 from torchcalc.testing.registry import Skip, check
 from torchcalc.testing.report import Finding
 from torchcalc.testing.subject import CLEAR, Subject, dot, normal, said
@@ -190,7 +191,8 @@ def reference_elsewhere(subject: Subject) -> Finding | None:
             if y.shape != t.shape:
                 continue  # "reference" tells
             size = t.nan_to_num(0, 0, 0).abs()
-            allowed = 1e-6 * (size if "grid" in where else size.max() if size.numel() else size) + 1e-12
+            rounding = 1e-12 if "grid" in where else slack(subject, t, *(moved[i] for i in subject.wrt))
+            allowed = 1e-6 * (size if "grid" in where else size.max() if size.numel() else size) + rounding
             found = compare(f"{what}{where}", y, t, allowed, use=t.isfinite(), names=("function", "reference"))
             if found is not None:
                 return replace(found, cause=f"not the reference{where}" + (f": {found.cause}" if found.cause else ""))
@@ -198,14 +200,26 @@ def reference_elsewhere(subject: Subject) -> Finding | None:
 
 
 def sizes(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Other sizes of each input that was handed in, and zeros."""
-    for i in handed(subject)[:3]:
+    """Other sizes of each input that was handed in, and zeros; what the example's range may be the whole domain of is kept."""
+    for k, i in enumerate(handed(subject)[:3]):
         x, of = inputs[i], f"{subject.label(i)}"
-        for scale in (1e-8, 1e-4, 0.03, -1.0, 5.0, 100.0, 1e4):
+        low, high = domain(x)
+        for scale in (1e-8, 1e-4, 0.03, 0.5, *((-1.0, 5.0, 100.0, 1e4) if k == 0 else ())):
+            if x.numel() and not (low <= float(x.min()) * scale <= high and low <= float(x.max()) * scale <= high):
+                continue
             yield f" where {of} is {scale:g} times the example", replaced(inputs, i, x * scale)
+        if k and low == 0:
+            continue  # the end of the domain of a target, where slopes have one side
         yield f" where {of} is zero", replaced(inputs, i, x * 0)
         if x.dim() and x.shape[0] > 1:
             yield f" where {of} is zero in row 0", replaced(inputs, i, torch.cat([x[:1] * 0, x[1:]]))
+
+
+def domain(x: Tensor) -> tuple[float, float]:
+    """[0, 1] or what is not negative, where the example lies in it."""
+    if not x.numel() or float(x.min()) < 0:
+        return -math.inf, math.inf
+    return 0.0, 1.0 if float(x.max()) <= 1 else math.inf
 
 
 def grids(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
@@ -214,7 +228,8 @@ def grids(subject: Subject, inputs: Sequence[Any]) -> Iterator[tuple[str, list[A
         if not pointwise(subject, inputs, i):
             continue
         x = grid(inputs[i])
-        x = x[x.abs() <= min(1e5, reach(subject, inputs, i))]
+        low, high = domain(inputs[i])
+        x = x[(x.abs() <= min(1e5, reach(subject, inputs, i))) & (x >= low) & (x <= high)]
         turns = torch.arange(len(x), device="cpu") * 7
         alike = [k for k, y in enumerate(inputs) if isinstance(y, Tensor) and y.shape == inputs[i].shape]
         moved = [y.reshape(-1)[turns % y.numel()] if k in alike else y for k, y in enumerate(inputs)]
