@@ -51,6 +51,12 @@ def _train(optimizer: Any) -> None:
 
 Made = type("Made", (torch.optim.SGD,), {"__doc__": "A class made by type(): pickle does not find it."})
 
+
+def own_groups(params: Any) -> torch.optim.Optimizer:
+    """A factory that says itself which options its parameters have."""
+    return torch.optim.SGD([{"params": list(params), "lr": 0.1}], lr=0.2, foreach=False)
+
+
 #: (class, options, prepare)
 UNUSUAL: tuple[tuple[Any, dict[str, Any], Callable[[Any], None] | None], ...] = (
     *((cls, {}, None) for cls in (
@@ -60,6 +66,7 @@ UNUSUAL: tuple[tuple[Any, dict[str, Any], Callable[[Any], None] | None], ...] = 
     )),
     (ScheduleFree, {}, _train),
     (Made, dict(foreach=False), None),
+    (own_groups, {}, None),
     (torch.optim.Adafactor, dict(foreach=False), None),
     (torch.optim.Muon, {}, None),
     (torch.optim.Rprop, dict(foreach=False), None),

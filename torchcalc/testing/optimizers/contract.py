@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -241,7 +242,10 @@ def construction(subject: OptimizerSubject) -> Finding | None:
             continue
         except Exception as reason:
             return Finding("construction", "note", what, f"{what}: raises {type(reason).__name__}: {reason}", what)
-        return error("construction", f"{what} accepted", f"the constructor takes {what} without a word")
+        found = error("construction", f"{what} accepted", f"the constructor takes {what} without a word")
+        return (
+            found if isinstance(subject.build, type) else replace(found, verdict="note")
+        )  # a factory makes its own groups
     frozen = nn.Parameter(p.detach().clone(), requires_grad=False)
     optimizer = subject.make([p, frozen])
     before = frozen.detach().clone()

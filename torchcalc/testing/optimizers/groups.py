@@ -157,6 +157,8 @@ def add_param_group(subject: OptimizerSubject) -> Finding | None:
     """A group added later starts as in a new optimizer, and leaves the others alone."""
     params = subject.parameters()[:2]
     grads = gradients(params, 5)
+    if any(not same(v, subject.example.defaults.get(k, v)) for k, v in subject.defaults.items()):
+        raise Skip("its groups have other options than its defaults, which a new group gets")
     for name, way in subject.each_way():
         if len(params) < 2 or not independent(subject, way):
             raise Skip("its parameters are coupled")

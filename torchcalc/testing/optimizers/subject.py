@@ -154,11 +154,20 @@ class OptimizerSubject:
         options = {**copy.deepcopy(self.options), **override}
         own = {k: v for k, v in options.items() if k in self.accepts or k in self.options}
         rest = {k: v for k, v in options.items() if k not in own}
-        if not rest:
-            return self.build(params, **own)
-        params = list(params)
-        groups = params if isinstance(params[0], dict) else [{"params": params}]
-        return self.build([{**rest, **group} for group in groups], **own)
+        params = list(params) if not isinstance(params, Tensor) else params
+        grouped = bool(len(params)) and isinstance(params[0], dict)
+        groups = params if grouped else [{"params": params}]
+        try:
+            return self.build([{**rest, **group} for group in groups] if rest else params, **own)
+        except TypeError as error:
+            if isinstance(self.build, type) or not (rest or grouped):
+                raise
+            if grouped:
+                raise Skip(f"its factory makes its own groups: {error}") from error
+        optimizer = self.build(params, **own)
+        for group in optimizer.param_groups:
+            group.update(rest)
+        return optimizer
 
     def ways(self) -> list[dict[str, Any]]:
         """How a step can be computed: as pinned by the options, else every way that the constructor knows."""
