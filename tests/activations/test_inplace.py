@@ -11,7 +11,21 @@ import torchcalc.functional as ours
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     name: getattr(ours, name) for name in ("relu", "silu", "elu", "mish", "leaky_relu")
 }
-SIZES = [0, 1, 2, 3, 31, 513, 1025, 4097, 40_001]  # odd ones too: the loops compute two at a time
+SIZES = [
+    0,
+    1,
+    2,
+    3,
+    31,
+    512,
+    513,
+    1025,
+    4096,
+    4097,
+    40_000,
+    40_001,
+    40_002,
+]  # loops compute two at a time, threads parts
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 activations = pytest.mark.parametrize("f", ACTIVATIONS.values(), ids=ACTIVATIONS)

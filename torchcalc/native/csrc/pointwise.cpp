@@ -293,7 +293,7 @@ void apply(
   }
   const Job job{&kernel, in, count, scale, out, nullptr, parameters, pairs, pairs && words};
   const auto body = as_double ? run_elements<double> : run_elements<float>;
-  const int64_t grain = kernel.heavy ? 8 * 1024 : 32 * 1024;
+  const int64_t grain = kernel.heavy ? heavy_grain : 32 * 1024;
   if (serial || n <= grain) return body(job, 0, n);
   struct Context {
     const Job& job;

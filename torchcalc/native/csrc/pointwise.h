@@ -20,6 +20,7 @@ using PairKernel = void (*)(int64_t words, const char* const* in, char* const* o
 
 inline constexpr int max_inputs = 6;   // of a formula
 inline constexpr int block = 512;      // elements that are staged at a time
+inline constexpr int64_t heavy_grain = 8 * 1024;  // elements of a heavy kernel that are one thread's work
 
 struct Kernel {
   BlockKernel<float> of_float;
@@ -76,14 +77,9 @@ TC_INLINE void run_loop(
   T* const o[] = {out[O]...};
   if constexpr (K::heavy && sizeof(T) == 4) {
     // Two elements in an iteration, of both halves, whose chains of operations run side by side; an odd one in the middle is
-    // computed before: each once, for the result may be written over an argument. In double precision the processor's own
-    // reach suffices.
-    const int64_t half = n / 2;
-    if (n % 2 != 0) {
-      T y[sizeof...(O)];
-      element(a[I][half]..., y);
-      ((o[O][half] = y[O]), ...);
-    }
+    // computed twice, so that the result may not be written over an argument. In double precision the processor's own reach
+    // suffices.
+    const int64_t half = (n + 1) / 2;
     const T* const b[sizeof...(I) + 1] = {a[I] + (n - half)...};
     T* const q[] = {o[O] + (n - half)...};
     TC_INDEPENDENT

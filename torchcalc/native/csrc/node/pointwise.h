@@ -538,7 +538,10 @@ std::optional<Tensor> in_place(int64_t place, const Tensor& x, at::ArrayRef<doub
   const bool recorded = torch::autograd::compute_requires_grad(x);
   if (recorded && !has_derivatives(formula, x)) return std::nullopt;
   torch::autograd::check_inplace(x, recorded);
-  const Tensor kept = recorded && (formula.product[0].uses & 2) ? x.clone() : x;
+  // Heavy kernels compute the element in the middle of an odd number twice.
+  const bool twice = formula.value.heavy && dtype == at::kFloat && (x.numel() % 2 != 0 || x.numel() > torchcalc::heavy_grain);
+  const bool copied = (recorded && (formula.product[0].uses & 2)) || (twice && !x.is_cuda());
+  const Tensor kept = copied ? x.clone() : x;
   auto node = recorded ? node_of(formula, kept, numbers) : decltype(node_of(formula, kept, numbers)){};
   {
     at::AutoDispatchBelowADInplaceOrView guard;
