@@ -238,6 +238,8 @@ RIGHT: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
 )  # fmt: skip
 #: What of torchcalc's own optimizers is weak: as in torch by default, or of the method.
 OWN_NOTES = {"bfloat16 progress", "float16 range", "closure"}
+#: Torch's have them too: the lr of an average's step is set one step before, and that of Rprop is for the first step alone.
+OWN_NOTES_OF: dict[Any, set[str]] = {ours.ASGD: {"schedulers"}, ours.Rprop: {"changed lr"}}
 QUICK = (torch.optim.AdamW, ours.SGD, ours.AdamW)
 
 
@@ -254,10 +256,7 @@ def test_right_optimizers_have_no_errors(cls: Any, reference: Any, options: dict
     assert report, str(report)
     assert sum(f.verdict == "ok" for f in report) > 20
     if cls.__module__.startswith("torchcalc"):
-        # What torch's does too: the lr of an average's step is set one step before.
-        assert {f.check for f in report.notes} <= OWN_NOTES | ({"schedulers"} if cls is ours.ASGD else set()), str(
-            report
-        )
+        assert {f.check for f in report.notes} <= OWN_NOTES | OWN_NOTES_OF.get(cls, set()), str(report)
 
 
 # The ways of calling it.

@@ -84,6 +84,7 @@ SETTINGS: dict[str, Setting] = {
 }
 LATE = (
     "TORCH",
+    "_TORCH",
     "TRITON",
     "KMP_",
     "KINETO",
