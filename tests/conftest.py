@@ -5,6 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# The first backward decides for how many devices autograd starts threads, which no fork survives. FakeTensorMode makes torch
+# believe in one: so it is here, and not in a test that compiles.
+torch.ones((), requires_grad=True).backward()
+
 
 @pytest.fixture(autouse=True)
 def seed() -> Iterator[None]:

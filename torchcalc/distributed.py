@@ -12,11 +12,27 @@ Lightning does, n is divided by k as well.
 
 from __future__ import annotations
 
+from collections import deque
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 __all__ = ["normalizer"]
+
+_kept: deque[Tensor] = deque(maxlen=8)
+
+
+def all_reduce_(x: Tensor, group: Any = None, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce x over the processes, in place, and keep it for a while.
+
+    The backend's thread lets go of x a moment after the result is there. It must not be the last to: then it takes the
+    interpreter's lock, and where the interpreter is just being left that aborts the process.
+    """
+    dist.all_reduce(x, op, group=group)
+    _kept.append(x)
+    return x
 
 
 def normalizer(
@@ -56,6 +72,6 @@ def normalizer(
     n = torch.as_tensor(count, device=device).detach().to(torch.float32).reshape(()).clone()
     world = 1
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(n, group=group)
+        all_reduce_(n, group)
         world = dist.get_world_size(group)
     return torch.where(n > 0, n / (world * divided_by), torch.ones_like(n))  # (1)

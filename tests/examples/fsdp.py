@@ -35,6 +35,7 @@ def main(folder: Path) -> float:
     weights, state = get_state_dict(net, optimizer)
     dcp.save({"net": weights, "optimizer": state}, checkpoint_id=str(folder / "last"))
     rank = dist.get_rank()
+    dist.barrier()  # gloo's threads let go of what was sent, for which they need an interpreter that is not ending
     dist.destroy_process_group()
     return loss if rank == 0 else -1.0
 

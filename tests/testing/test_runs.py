@@ -141,3 +141,12 @@ def test_the_report_says_what_is_wrong_first() -> None:
         "  does not apply: c: not here",
     ]
     assert max(map(len, lines)) <= 124
+
+
+def test_a_fork_that_autograd_does_not_survive_is_refused(monkeypatch):
+    def backward(self: Tensor) -> None:
+        raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing")
+
+    monkeypatch.setattr(Tensor, "backward", backward)
+    with pytest.raises(RuntimeError, match=r"isolate=True forks .* Unable to handle .*; pass isolate=False"):
+        check_function(torch.sin, torch.linspace(-1, 1, 6), include=["gradient"], isolate=True, progress=False)

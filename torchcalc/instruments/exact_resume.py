@@ -30,6 +30,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed as dist
 
+from torchcalc.distributed import all_reduce_
 from torchcalc.instruments.instrument import callbacks_of, check_at_least_one, steps_of
 from torchcalc.instruments.loops import (
     AtomicCheckpointIO,
@@ -189,7 +190,7 @@ class ExactResume(ModelCheckpoint):
         if trainer.world_size == 1:
             return due, stop
         wanted = torch.tensor([int(due), stop], device=trainer.strategy.root_device)
-        dist.all_reduce(wanted, dist.ReduceOp.MAX)
+        all_reduce_(wanted, op=dist.ReduceOp.MAX)
         due_of_all, stop_of_all = wanted.tolist()
         return bool(due_of_all), stop_of_all
 

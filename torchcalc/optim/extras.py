@@ -125,6 +125,8 @@ def global_norm(grads: list[Tensor]) -> Norm:
         else:
             sharded[g.device_mesh, g.placements].append(g._local_tensor)
     parts = [_squared(plain)] if plain else []
+    if sharded:
+        from torchcalc.distributed import all_reduce_  # there may be none in torch
     for (mesh, placements), locals_ in sharded.items():
         squared, finite = _squared(locals_)
         squared, finite = (torch.as_tensor(x, dtype=torch.float64, device=locals_[0].device) for x in (squared, finite))
@@ -132,7 +134,7 @@ def global_norm(grads: list[Tensor]) -> Norm:
         for dim, placement in enumerate(placements):
             # Not is_shard(): the strided shards of two-dimensional sharding are none, in torch's words.
             if not placement.is_replicate():
-                torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+                all_reduce_(total, mesh.get_group(dim))
         on_host = total.is_cpu
         parts.append((total[0].item(), total[1].item() == 0) if on_host else (total[0], total[1] == 0))
     squared = sum((_on_one(s, parts) for s, _ in parts), 0.0)

@@ -83,7 +83,7 @@ def check_function(
 
     Raises:
         ValueError: no input is a float tensor, or one is sparse or on meta; ``wrt`` or a name of a check is wrong.
-        RuntimeError: ``isolate`` where no process can be forked: on Windows, or after CUDA was used.
+        RuntimeError: ``isolate`` where no process can be forked: on Windows, or after CUDA or a thread of autograd was used.
 
     >>> report = check_function(torch.tanh, torch.linspace(-1, 1, 6), include=["gradient", "adjoint"])
     >>> bool(report), [f.verdict for f in report]

@@ -220,6 +220,14 @@ def _child(job: Job, checks: Sequence[Check], until: float, pipe: Connection, tr
             pipe.send((kind, value))
 
     try:
+        torch.ones((), requires_grad=True, device="cpu").square().backward()
+    except RuntimeError as error:  # of autograd, which knows that its threads are gone
+        text = (
+            f"isolate=True forks a process, which this one does not survive: {error}; pass isolate=False, or run python "
+            "-m torchcalc.testing"
+        )
+        return tell("raised", RuntimeError(text))
+    try:
         job(checks, tell, until)
     except Exception as error:
         tell("raised", error)

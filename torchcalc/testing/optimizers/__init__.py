@@ -104,7 +104,7 @@ def check_optimizer(
 
     Raises:
         ValueError: the optimizer cannot be built, or there is no check of that name.
-        RuntimeError: ``isolate`` where no process can be forked: on Windows, or after CUDA was used.
+        RuntimeError: ``isolate`` where no process can be forked: on Windows, or after CUDA or a thread of autograd was used.
 
     >>> import torch
     >>> report = check_optimizer(torch.optim.SGD, options=dict(lr=0.1), include=["quadratic", "groups"])
