@@ -1,5 +1,6 @@
 """What every test starts from."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ torch.ones((), requires_grad=True).backward()
 def seed() -> Iterator[None]:
     """The same numbers for every test, and none that leaves to the next a device, a dtype or a mode."""
     torch.manual_seed(0)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # which seed_everything leaves there, for the samplers of later trainings
     before = surroundings()
     yield
     assert surroundings() == before
