@@ -89,6 +89,11 @@ def test_what_is_refused(f):
     with torch.no_grad():
         f(leaf, inplace=True)
     assert leaf._version == 1
+    with torch.inference_mode():
+        x = torch.tensor([-1.0, 2.0])
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        f(x, inplace=True)
+    assert x.tolist() == [-1.0, 2.0]
 
 
 @activations

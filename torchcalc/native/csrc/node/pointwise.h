@@ -543,6 +543,7 @@ std::optional<Tensor> in_place(int64_t place, const Tensor& x, at::ArrayRef<doub
   const bool copied = (recorded && (formula.product[0].uses & 2)) || (twice && !x.is_cuda());
   const Tensor kept = copied ? x.clone() : x;
   auto node = recorded ? node_of(formula, kept, numbers) : decltype(node_of(formula, kept, numbers)){};
+  torch::autograd::increment_version(x);  // refuses a tensor of inference mode
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (!x.is_cuda()) {
@@ -551,7 +552,6 @@ std::optional<Tensor> in_place(int64_t place, const Tensor& x, at::ArrayRef<doub
       return std::nullopt;
     }
   }
-  torch::autograd::increment_version(x);
   if (recorded) {
     node->set_next_edges(torch::autograd::collect_next_edges(x));  // the copy's gradient is x's
     torch::autograd::rebase_history(x, node);
